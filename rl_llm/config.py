@@ -1,0 +1,447 @@
+"""Every knob of a run, typed and documented: one section a room.
+
+A run is described by a YAML file (or a packaged recipe) and dotted overrides such as `learner.lr=1e-5`.
+`load_config` turns them into a `RunConfig`; whatever is wrong becomes one `UserError` that names the right key.
+"""
+
+import importlib.resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rl_llm.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Ramp(Section):
+    """A value that moves in a straight line from `start` to `end` over the first `steps` steps and then stays."""
+
+    start: float
+    end: float
+    steps: int = Field(ge=1)
+
+    def at(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+Scheduled = float | Ramp
+
+
+def value_at(value: Scheduled, step: int) -> float:
+    """The number a plain or scheduled setting stands for at `step` (counted from 0)."""
+    return value.at(step) if isinstance(value, Ramp) else value
+
+
+class SplitConfig(Section):
+    by: str = Field("prompt", description="'prompt', or the column whose hash decides the side of a row")
+    tune: float = Field(0.1, gt=0, lt=1, description="share of rows that validate, pick the best policy and stop early")
+    test: float = Field(0.1, gt=0, lt=1, description="share of rows seen only before and after training")
+
+    @model_validator(mode="after")
+    def _leaves_train(self) -> "SplitConfig":
+        if self.tune + self.test >= 1:
+            raise ValueError("tune + test leave no rows to train on; lower one of them")
+        return self
+
+
+class TaskConfig(Section):
+    data: str = Field(
+        "builtin:records",
+        description="a JSONL, CSV or Parquet file (may be .gz), 'hub:owner/name' or 'builtin:records'",
+    )
+    hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
+    hub_split: str = Field("train", description="split of a Hub data set to read; sides are made by `split`")
+    rows: int | None = Field(None, ge=10, description="read (or generate) at most this many rows")
+    prompt: str = Field("{prompt}", description="template over the columns; a column of messages is used as it is")
+    columns: dict[str, str] = Field({}, description="name seen by rewards: column in the data, e.g. reference: summary")
+    chat: bool = Field(False, description="send a plain prompt as a user message through the chat template")
+    system: str | None = Field(None, description="system message put before a chat prompt")
+    max_prompt_tokens: int = Field(512, ge=1)
+    on_bad_row: Literal["skip", "fail"] = Field(
+        "skip", description="bad rows are always reported, then skipped or fatal"
+    )
+    split: SplitConfig = SplitConfig()
+
+
+class ScratchConfig(Section):
+    """A small GPT-like model (Llama architecture) with a byte-pair tokenizer trained on the task's own text."""
+
+    layers: int = Field(4, ge=1)
+    hidden_size: int = Field(128, ge=8)
+    heads: int = Field(4, ge=1)
+    vocab_size: int = Field(512, ge=64)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ScratchConfig":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 x heads ({2 * self.heads})")
+        return self
+
+
+class LoraConfig(Section):
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    targets: str | list[str] = "all-linear"
+
+
+class PolicyConfig(Section):
+    type: Literal["causal_lm"] = "causal_lm"
+    model: str | None = Field(None, description="a Hugging Face folder or Hub name; empty: built from `scratch`")
+    scratch: ScratchConfig = ScratchConfig()
+    trainable: Literal["all", "last_layers", "lora"] = "all"
+    last_layers: int = Field(2, ge=1, description="how many of the last layers train with trainable=last_layers")
+    lora: LoraConfig = LoraConfig()
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where it is native")
+    gradient_checkpointing: bool = Field(False, description="less memory, one more forward")
+    dropout: float = Field(0.0, ge=0, lt=1, description="for warm start; reinforcement learning runs without")
+
+
+class WarmStartConfig(Section):
+    """Training before reinforcement learning; its result is cached and shared by runs with the same settings."""
+
+    pretrain_steps: int = Field(0, ge=0, description="self-supervised: next token on prompts and targets")
+    supervised_steps: int = Field(0, ge=0, description="supervised: the target given the prompt")
+    target: str = Field("reference", description="column with the text to imitate (a list: one is drawn each time)")
+    batch_size: int = Field(32, ge=1)
+    max_target_tokens: int = Field(128, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(20, ge=0)
+
+
+class RolloutConfig(Section):
+    engine: Literal["transformers"] = "transformers"
+    prompts_per_step: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(8, ge=2, description="size of a group")
+    rows_per_request: int | None = Field(
+        None, ge=1, description="rows decoded together; fixes the numbers, so it does not follow the worker count"
+    )
+    max_new_tokens: int = Field(64, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    temperature: Scheduled = Field(1.0, description="exploration; a number or {start, end, steps}")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: no limit")
+    stop: list[str] = Field([], description="strings that end a completion")
+
+    @property
+    def request_rows(self) -> int:
+        """Rows of one request: whole groups, by default as near to 32 rows as they come."""
+        return self.rows_per_request or max(32 // self.samples_per_prompt, 1) * self.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RolloutConfig":
+        if self.request_rows % self.samples_per_prompt:
+            raise ValueError(
+                f"rows_per_request {self.request_rows} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+        ends = (
+            [self.temperature.start, self.temperature.end] if isinstance(self.temperature, Ramp) else [self.temperature]
+        )
+        if min(ends) <= 0:
+            raise ValueError("temperature must stay above 0; evaluation is greedy on its own")
+        return self
+
+
+class GateConfig(Section):
+    """Count a component only where another one is good enough; elsewhere it is `else`."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    component: str
+    above: float | None = Field(None, description="open where the raw value is at least this")
+    below: float | None = Field(None, description="open where the raw value is at most this")
+    otherwise: float = Field(alias="else", description="the value where the gate is shut")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "GateConfig":
+        if self.above is None and self.below is None:
+            raise ValueError("a gate needs 'above' or 'below'")
+        return self
+
+
+class ComponentConfig(Section):
+    use: str = Field(description="a registered component or package.module:function")
+    args: dict[str, Any] = {}
+    timeout_s: float = Field(60.0, gt=0, description="deadline of a call; enforced by killing the reward worker")
+    on_failure: Literal["raise", "mask", "impute"] = "mask"
+    impute: float | None = Field(None, description="the value a failed row gets with on_failure=impute")
+    max_failure_rate: float = Field(
+        0.5, ge=0, le=1, description="a step with a larger share of failed rows ends the run"
+    )
+    clip: tuple[float, float] | None = None
+    scale: float = 1.0
+    gate: GateConfig | None = None
+
+    @model_validator(mode="after")
+    def _impute_value(self) -> "ComponentConfig":
+        if (self.on_failure == "impute") != (self.impute is not None):
+            raise ValueError("on_failure: impute and a value `impute: <number>` go together")
+        if self.clip and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"clip must be [low, high] with low < high, not {list(self.clip)}")
+        return self
+
+
+def _components(value: Any) -> Any:
+    """Accept `[chrf, pkg.mod:fn]`, `{name: id}`, `{name: {use: id, ...}}` and `{id: {args...}}`."""
+    if isinstance(value, list):
+        value = {str(item).rsplit(":", 1)[-1]: item for item in value}
+    if not isinstance(value, dict):
+        return value
+    out: dict[str, Any] = {}
+    for name, spec in value.items():
+        if isinstance(spec, str):
+            spec = {"use": spec}
+        elif spec is None:
+            spec = {"use": name}
+        elif isinstance(spec, dict):
+            spec = {"use": name, **spec}
+        out[str(name)] = spec
+    return out
+
+
+Components = Annotated[dict[str, ComponentConfig], BeforeValidator(_components)]
+
+
+class RewardsConfig(Section):
+    components: Components = Field(description="name: id, or name: {use: id, args: {...}, ...}")
+    weights: dict[str, Scheduled] = Field({}, description="lambda of each component; 1 where not given")
+    combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    std_floor: float = Field(
+        0.1, ge=0, description="a group's std is never taken below this share of the first policy's std"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> "RewardsConfig":
+        if not self.components:
+            raise ValueError("at least one component is needed, e.g. rewards.components: [chrf]")
+        for name in self.weights:
+            if name not in self.components:
+                raise ValueError(f"weights.{name}: no such component; {did_you_mean(name, self.components)}")
+        for name, component in self.components.items():
+            if component.gate and component.gate.component not in self.components:
+                gate = component.gate.component
+                raise ValueError(f"components.{name}.gate.component {gate!r}: {did_you_mean(gate, self.components)}")
+        self.weights = {name: self.weights.get(name, 1.0) for name in self.components}
+        return self
+
+
+Aggregation = Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean"]
+
+
+class KLConfig(Section):
+    coef: float = Field(0.0, ge=0, description="0: no reference policy is kept")
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    clip_low: float | None = Field(None, gt=0, description="empty: the preset's own")
+    clip_high: float | None = Field(None, gt=0, description="empty: the preset's own")
+    aggregation: Aggregation | None = Field(None, description="empty: the preset's own")
+    kl: KLConfig = KLConfig()
+
+
+class LearnerConfig(Section):
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-5, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how lr moves after warm-up")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(0.0, ge=0, lt=1, description="for sgd")
+    max_grad_norm: float = Field(1.0, gt=0)
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    max_bad_steps: int = Field(
+        3, ge=1, description="steps in a row with a non-finite loss or gradient that end the run"
+    )
+
+
+class EvaluationConfig(Section):
+    every: int = Field(20, ge=1, description="steps between validations on the tune split")
+    prompts: int = Field(128, ge=1, description="tune prompts used; the same ones each time")
+    test_prompts: int = Field(512, ge=2, description="test prompts used before and after training")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    metrics: Components = Field({}, description="components measured but not trained on")
+    utility: dict[str, float] | None = Field(
+        None, description="metric: weight; default: the run's initial reward weights, and 1 for each extra metric"
+    )
+    patience: int | None = Field(None, ge=1, description="validations without a better utility that end the run")
+    samples: int = Field(3, ge=0, description="completions shown at each validation")
+    controls: list[Literal["supervised", "constant_reward"]] = Field(
+        [], description="runs made for comparison after the main one, from the same start"
+    )
+
+
+class CheckpointConfig(Section):
+    every: int = Field(20, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class LoggingConfig(Section):
+    rollouts: int = Field(50, ge=0, description="rollout tables to keep, newest first")
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+
+
+class TrainerConfig(Section):
+    steps: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class ResourcesConfig(Section):
+    num_rollout_workers: int = Field(0, ge=0, description="0: in this process")
+    num_reward_workers: int = Field(0, ge=0, description="0: in this process")
+    num_learners: int = Field(0, ge=0, le=1, description="0: in this process")
+    num_cpus_per_rollout_worker: float = Field(1, gt=0)
+    num_cpus_per_reward_worker: float = Field(1, gt=0)
+    num_cpus_per_learner: float = Field(1, gt=0)
+    num_gpus_per_rollout_worker: float = Field(0, ge=0)
+    num_gpus_per_learner: float = Field(0, ge=0)
+    threads: int = Field(1, ge=1, description="torch threads of every process; changes floats, so set it on its own")
+    address: str | None = Field(
+        None, description="Ray cluster to join; empty: the one in RAY_ADDRESS, else a local one"
+    )
+    wait_s: float = Field(120, gt=0, description="how long to wait for room for the actors")
+    request_timeout_s: float = Field(
+        600, gt=0, description="deadline of a rollout request; then its worker is replaced"
+    )
+    max_attempts: int = Field(3, ge=1, description="workers a request may bring down before it is given up by name")
+
+    @property
+    def uses_ray(self) -> bool:
+        return self.num_rollout_workers + self.num_reward_workers + self.num_learners > 0
+
+
+class RunConfig(Section):
+    task: TaskConfig = TaskConfig()
+    policy: PolicyConfig = PolicyConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        both = set(self.rewards.components) & set(self.evaluation.metrics)
+        if both:
+            raise ValueError(
+                f"evaluation.metrics {sorted(both)} are reward components already; each is always evaluated"
+            )
+        known = set(self.rewards.components) | set(self.evaluation.metrics)
+        for name in self.evaluation.utility or {}:
+            if name not in known:
+                raise ValueError(f"evaluation.utility.{name}: no such metric; {did_you_mean(name, known)}")
+        if self.policy.model is None and not (self.warm_start.pretrain_steps or self.warm_start.supervised_steps):
+            raise ValueError(
+                "a model from scratch knows nothing: set policy.model, or warm_start.supervised_steps above 0"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def recipes() -> dict[str, Path]:
+    """Packaged run configs by name."""
+    folder = Path(str(importlib.resources.files("rl_llm") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """A run config from a YAML file or recipe name and overrides like `trainer.steps=50`.
+
+    Raises:
+        UserError: no such file or recipe, broken YAML, unknown key, wrong type or impossible combination.
+    """
+    path = Path(source)
+    if not path.is_file():
+        known = recipes()
+        if str(source) not in known:
+            what = "file" if path.suffix or "/" in str(source) else "recipe"
+            raise UserError(f"no {what} {str(source)!r}; recipes: {did_you_mean(str(source), known)}")
+        path = known[str(source)]
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return build_config(raw, overrides, where=str(path))
+
+
+def build_config(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "config") -> RunConfig:
+    """Validate a plain mapping with dotted overrides applied. Raises `UserError` naming the key to change."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected sections such as 'task:' and 'rewards:', found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise UserError(f"{where}: " + "\n".join(dict.fromkeys(lines))) from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, sep, text = override.partition("=")
+    if not sep or not path:
+        raise UserError(f"override {override!r}: write it as section.key=value")
+    keys = path.split(".")
+    node = raw
+    for depth, key in enumerate(keys[:-1]):
+        child = node.get(key)
+        if isinstance(child, list) and keys[: depth + 1] == ["rewards", "components"]:
+            child = _components(child)
+        elif isinstance(child, str) and keys[:depth] == ["rewards", "components"]:
+            child = {"use": child}
+        elif child is None:
+            child = {}
+        elif not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a section")
+        node[key] = child
+        node = child
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not valid YAML") from None
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    # Unions (a number or a ramp) repeat a problem once a branch; the branch names are no keys of the user's.
+    loc = [str(part) for part in problem["loc"] if part not in ("float", "Ramp", "str", "list[str]")]
+    where = ".".join(loc)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {did_you_mean(loc[-1], _fields_at(loc[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    """The keys a config section has, found by walking the models along `loc`."""
+    model: Any = RunConfig
+    for key in loc:
+        fields = getattr(model, "model_fields", None)
+        annotation = fields[key].annotation if fields and key in fields else model
+        model = next((m for m in _models_in(annotation)), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in get_args(annotation) for m in _models_in(arg)]
