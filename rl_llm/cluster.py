@@ -1,0 +1,248 @@
+"""Ray: a cluster to join or start, room in it for a run's actors, and one worker process as an actor.
+
+All that talks to Ray on behalf of the pool is here; a run without actors never imports it.
+"""
+
+import logging
+import math
+import os
+import re
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rl_llm.config import ResourcesConfig
+from rl_llm.errors import UserError
+
+KINDS = ("learner", "rollout_worker", "reward_worker")
+SMALL_MACHINE = 32 * 2**30
+PROBE_S = 10.0
+
+# Each says that the process is gone, or what it was given: another try elsewhere may do.
+_GONE = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.ActorPlacementGroupRemoved,
+    ray.exceptions.ActorUnschedulableError,
+)
+
+
+def connect(resources: ResourcesConfig) -> bool:
+    """Gives this process a Ray: the one it has, else the cluster at the address, else a local one.
+
+    A local Ray claims at least as many CPUs as the run's actors ask for, so that on a laptop they share the cores
+    instead of waiting for room. What actors print goes to the logs under Ray's session folder.
+
+    Returns:
+        Whether this call made the connection; whoever called then ends it with `ray.shutdown()`.
+
+    Raises:
+        UserError: nothing answers at `resources.address` or RAY_ADDRESS.
+    """
+    if ray.is_initialized():
+        return False
+    # The pool looks at the first of two returns; the same error in the second is not news.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        cpus = math.ceil(sum(_bundle(resources, kind)["CPU"] * _count(resources, kind) for kind in KINDS))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            object_store_memory=memory // 5 if memory < SMALL_MACHINE else None,
+            include_dashboard=False,
+            **quiet,
+        )
+        return True
+    try:
+        _probe(address)
+        ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        source = "resources.address" if resources.address else "RAY_ADDRESS"
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot join the Ray cluster at {address!r} ({source}): {reason}; start it, correct the address, "
+            "or set resources.address=local for a Ray on this machine"
+        ) from None
+    return True
+
+
+def _probe(address: str) -> None:
+    # Ray itself goes on trying an address where nobody listens for minutes.
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        raise ValueError("write it as host:port of the head node, usually port 6379")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+
+
+def _count(resources: ResourcesConfig, kind: str) -> int:
+    return int(getattr(resources, f"num_{kind}s"))
+
+
+def _bundle(resources: ResourcesConfig, kind: str) -> dict[str, float]:
+    asked = {
+        "CPU": getattr(resources, f"num_cpus_per_{kind}"),
+        "GPU": getattr(resources, f"num_gpus_per_{kind}", 0.0),
+    }
+    return {name: amount for name, amount in asked.items() if amount > 0}
+
+
+class Placement:
+    """Room for all actors of a run, taken at once: a placement group with one bundle per replica.
+
+    Raises:
+        UserError: the cluster has no such room within `resources.wait_s`; names what is missing.
+    """
+
+    def __init__(self, resources: ResourcesConfig) -> None:
+        self._bundles = {
+            (kind, index): _bundle(resources, kind) for kind in KINDS for index in range(_count(resources, kind))
+        }
+        self._group = ray.util.placement_group(list(self._bundles.values()), strategy="PACK")
+        placed = False
+        try:
+            placed = self._group.wait(resources.wait_s)
+        finally:
+            if not placed:
+                self.remove()
+        if not placed:
+            raise UserError(self._what_is_missing(resources))
+
+    def bundle(self, kind: str, index: int) -> dict[str, Any]:
+        """The actor options (resources and scheduling strategy) that put replica `index` of `kind` in its place."""
+        bundle = self._bundles[kind, index]
+        place = PlacementGroupSchedulingStrategy(self._group, list(self._bundles).index((kind, index)))
+        return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0), "scheduling_strategy": place}
+
+    def remove(self) -> None:
+        """Gives the room back; actors still in it are killed."""
+        ray.util.remove_placement_group(self._group)
+
+    def _what_is_missing(self, resources: ResourcesConfig) -> str:
+        total, free = ray.cluster_resources(), ray.available_resources()
+        need: dict[str, float] = {}
+        for bundle in self._bundles.values():
+            for name, amount in bundle.items():
+                need[name] = need.get(name, 0.0) + amount
+        missing = {name: amount - free.get(name, 0.0) for name, amount in need.items() if amount > free.get(name, 0.0)}
+        kinds = [kind for kind in KINDS if _count(resources, kind)]
+        asked = " and ".join(f"{_count(resources, kind)} x {{{_amounts(_bundle(resources, kind))}}}" for kind in kinds)
+        has = " and ".join(f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in need)
+        lack = f"missing {_amounts(missing)}" if missing else "no single node has room for one of them"
+        knobs = [f"resources.num_{kind}s" for kind in kinds if not missing or missing.keys() & _bundle(resources, kind)]
+        return (
+            f"no room for the run's actors within {resources.wait_s:g} s: needs {asked}, the cluster has {has}; "
+            f"{lack}. Lower {' or '.join(knobs)}, or what each asks for, or raise resources.wait_s"
+        )
+
+
+def _amounts(bundle: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items())
+
+
+class WorkerDied(Exception):
+    """The worker's process, or an object it was given, is gone."""
+
+
+class MethodRaised(Exception):
+    """The worker is well; its constructor or method raised `cause`, which carries the remote traceback as a note."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.cause = cause
+
+
+class _Host:
+    """The process of one worker. Building the worker is a call of its own, so that what its constructor raises
+    arrives as it was raised; from an actor's constructor it would arrive as a death."""
+
+    def build(self, cls: Callable[..., Any], *args: Any) -> str:
+        self._worker = cls(*args)
+        return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._worker, method)(*args)
+
+
+class Actor:
+    """A worker in a process of its own, with at most one call under way. It starts building at once.
+
+    Args:
+        cls, args: make the worker, in its process.
+        threads: for OpenMP and MKL; Ray would set one wherever an actor has a fraction of a CPU.
+        options: Ray's actor options, as `Placement.bundle` gives them.
+    """
+
+    def __init__(self, cls: Callable[..., Any], args: tuple[Any, ...], threads: int, options: dict[str, Any]) -> None:
+        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        host: Any = ray.remote(_Host)
+        self._handle = host.options(
+            **options, runtime_env={"env_vars": variables}, max_restarts=0, max_task_retries=0, max_concurrency=1
+        ).remote()
+        self.where: str | None = None
+        self._refs: list[Any] = [self._handle.build.remote(cls, *args)]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._refs)
+
+    def call(self, method: str, args: tuple[Any, ...], returns: int) -> None:
+        refs = self._handle.call.options(num_returns=returns).remote(method, *args)
+        self._refs = refs if returns > 1 else [refs]
+
+    def receive(self) -> tuple[Any, Any]:
+        """What the call under way gave: the value of its first return and the reference of its second, if it has one.
+
+        Raises:
+            WorkerDied: no answer will come; the actor is to be killed.
+            MethodRaised: the call ended with an exception.
+        """
+        try:
+            value = ray.get(self._refs[0])
+        except Exception as exception:
+            self._refs = []
+            error: Any = exception
+            raised = isinstance(error, ray.exceptions.RayTaskError)
+            cause: Exception = error.cause if raised else error
+            # A method that talks to Ray may itself raise what would else be news of this actor.
+            if isinstance(cause, ray.exceptions.ObjectLostError if raised else _GONE):
+                raise WorkerDied(_last_line(cause)) from None
+            if raised:
+                cause.add_note(re.sub(r"\x1b\[\d*m", "", str(error)))
+            raise MethodRaised(cause) from None
+        refs, self._refs = self._refs, []
+        if self.where is None:
+            self.where = value
+        return value, refs[1] if len(refs) > 1 else None
+
+    def kill(self) -> None:
+        if ray.is_initialized():
+            ray.kill(self._handle)
+
+
+def _last_line(error: BaseException) -> str:
+    # Ray puts the reason last, after a page of identifiers, and follows it with general advice.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].partition(' Some common causes')[0]}" if lines else type(error).__name__
+
+
+def answered(actors: list[Actor], timeout_s: float) -> list[Actor]:
+    """Those of `actors` whose call has ended; with none there yet, waits up to `timeout_s` seconds for the first."""
+    by_ref = {actor._refs[0]: actor for actor in actors if actor.busy}
+    if not by_ref:
+        return []
+    # fetch_local=False: a result counts as there once it exists, not once it has crossed the network.
+    count = 1 if timeout_s > 0 else len(by_ref)
+    ready, _ = ray.wait(list(by_ref), num_returns=count, timeout=timeout_s, fetch_local=False)
+    return [by_ref[ref] for ref in ready]

@@ -1,0 +1,175 @@
+"""Sampling and scoring together: rollout requests go out, and each shard is scored as soon as it is there."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rl_llm.config import ComponentConfig, ResourcesConfig
+from rl_llm.rewards import GIVE_UP_AFTER, Scores
+from rl_llm.rollout import RolloutRequest, SamplingParams
+from rl_llm.table import ERROR, TIMEOUT
+from rl_llm.workers import Outcome, Pool, Request, as_completed
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a batch of requests gave, in the order of its prompts.
+
+    Attributes:
+        summary: ids, groups, lengths, how samples ended; [N] rows.
+        shards: the rollout tables, or references to them where they live in the object store.
+        scores: per component, [N] rows each.
+    """
+
+    summary: pa.Table
+    shards: list[Any]
+    scores: dict[str, Scores]
+
+
+@dataclass
+class _Lost:
+    """A component's batch that was lost with its worker, being tried again row by row."""
+
+    rows: list[Scores | None]
+    waiting: int = 0
+
+
+class Collector:
+    """Turns prompts into scored rollouts with a pool of rollout workers and a pool of reward workers."""
+
+    def __init__(
+        self, rollouts: Pool, rewards: Pool, components: Mapping[str, ComponentConfig], resources: ResourcesConfig
+    ) -> None:
+        self.rollouts, self.rewards = rollouts, rewards
+        self.components = components
+        self.resources = resources
+
+    def collect(
+        self,
+        name: str,
+        prompts: pa.Table,
+        params: SamplingParams,
+        request_rows: int,
+        first: tuple[int, int],
+        version: int,
+        weights: Any,
+        components: Sequence[str],
+    ) -> Collected:
+        """Sample and score.
+
+        Args:
+            name: of the batch, such as "step-12"; requests are "step-12/0" and so on.
+            prompts: [P] rows of a task's split.
+            request_rows: samples decoded together.
+            first: the first sample id and the first group number.
+            version, weights: of the policy that acts; see `RolloutWorker.sample`.
+            components: the ones that score.
+
+        Raises:
+            RunFailed: a rollout request is given up, or a component cannot be set up.
+        """
+        n = params.samples_per_prompt
+        size = max(request_rows // n, 1)
+        batch = _Batch(self, name, components)
+        for index, start in enumerate(range(0, prompts.num_rows, size)):
+            part = prompts.slice(start, size)
+            sample_ids = first[0] + n * start + np.arange(n * part.num_rows)
+            groups = first[1] + start + np.repeat(np.arange(part.num_rows), n)
+            request = RolloutRequest(part, sample_ids, groups, params, version)
+            note = "prompts " + ", ".join(map(str, part["prompt_id"].to_pylist()[:8]))
+            self.rollouts.submit(
+                Request(
+                    f"{name}/{index}",
+                    "sample",
+                    (request, weights),
+                    self.resources.request_timeout_s,
+                    returns=2,
+                    note=note,
+                )
+            )
+        try:
+            for pool, sent, outcome in as_completed(self.rollouts, self.rewards):
+                batch.take_rollout(sent, outcome) if pool is self.rollouts else batch.take_scores(sent, outcome)
+        except BaseException:
+            self.rollouts.cancel()
+            self.rewards.cancel()
+            raise
+        return batch.result()
+
+
+class _Batch:
+    """The bookkeeping of one `collect`: what has come back for each request."""
+
+    def __init__(self, collector: Collector, name: str, components: Sequence[str]) -> None:
+        self.collector, self.name, self.components = collector, name, components
+        self.summaries: dict[int, pa.Table] = {}
+        self.shards: dict[int, Any] = {}
+        self.scores: dict[tuple[int, str], Scores] = {}
+        self.lost: dict[tuple[int, str], _Lost] = {}
+        self.rows_sent: dict[str, tuple[int, str, int]] = {}
+
+    def take_rollout(self, sent: Request, outcome: Outcome) -> None:
+        index = int(sent.id.rsplit("/", 1)[1])
+        self.summaries[index] = outcome.result()
+        self.shards[index] = outcome.shard
+        for component in self.components:
+            self._ask(index, component)
+
+    def _ask(self, index: int, component: str, row: int | None = None) -> None:
+        id = f"{self.name}/{index} {component}" + ("" if row is None else f" row {row}")
+        limit = self.collector.components[component].timeout_s
+        args = (component, self.shards[index], row)
+        self.rows_sent[id] = (index, component, -1 if row is None else row)
+        self.collector.rewards.submit(Request(id, "score", args, limit))
+
+    def take_scores(self, sent: Request, outcome: Outcome) -> None:
+        index, component, row = self.rows_sent.pop(sent.id)
+        lost = self.lost.get((index, component))
+        if outcome.error is not None and outcome.error.kind == "error":
+            outcome.result()
+        if row < 0 and outcome.error is None:
+            self.scores[index, component] = outcome.value
+        elif row < 0:
+            lost = self.lost[index, component] = _Lost([None] * self.summaries[index].num_rows)
+            self._retry(index, component, lost, range(min(GIVE_UP_AFTER, len(lost.rows))))
+        elif lost is not None:
+            lost.rows[row] = outcome.value if outcome.error is None else _failed(outcome)
+            lost.waiting -= 1
+            if lost.waiting == 0:
+                self._after_retry(index, component, lost)
+
+    def _retry(self, index: int, component: str, lost: _Lost, rows: range) -> None:
+        lost.waiting = len(rows)
+        for row in rows:
+            self._ask(index, component, row)
+
+    def _after_retry(self, index: int, component: str, lost: _Lost) -> None:
+        """All rows asked are back: ask for the others, unless there are none or every one of these failed."""
+        tried = [scores for scores in lost.rows if scores is not None]
+        rest = range(len(tried), len(lost.rows))
+        if rest and any(scores.status[0] not in (ERROR, TIMEOUT) for scores in tried):
+            self._retry(index, component, lost, rest)
+            return
+        given_up = Scores.failed(len(rest), tried[0].status[0], tried[0].errors[0]) if rest else None
+        self.scores[index, component] = Scores.merge([*tried, *([given_up] if given_up else [])])
+
+    def result(self) -> Collected:
+        order = sorted(self.summaries)
+        return Collected(
+            pa.concat_tables([self.summaries[index] for index in order]),
+            [self.shards[index] for index in order],
+            {
+                component: Scores.merge([self.scores[index, component] for index in order])
+                for component in self.components
+            },
+        )
+
+
+def _failed(outcome: Outcome) -> Scores:
+    assert outcome.error is not None
+    if outcome.error.kind == "timeout":
+        return Scores.failed(1, TIMEOUT, f"TimeoutError: {outcome.error}")
+    return Scores.failed(1, ERROR, str(outcome.error))

@@ -1,0 +1,211 @@
+"""What the terminal shows of a run: a progress bar over a live table, or a plain line a step."""
+
+import json
+import math
+import os
+import pdb
+import re
+import sys
+from collections import deque
+from typing import Any
+
+import rich.console
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+HISTORY = 30  # steps in a sparkline
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def make_console(console: rich.console.Console | None = None) -> "Console":
+    """A live display in a terminal; plain lines in a pipe, a notebook, under a debugger or with RL_LLM_PLAIN=1.
+
+    `breakpoint()` inside a reward ends the live display; for other debuggers there is RL_LLM_PLAIN=1.
+    """
+    console = console or rich.console.Console()
+    plain = os.environ.get("RL_LLM_PLAIN") == "1" or sys.gettrace() is not None
+    return Console() if plain or console.is_jupyter or not console.is_terminal else LiveConsole(console)
+
+
+class Console:
+    """Plain lines on standard output, for pipes, logs, notebooks and debuggers."""
+
+    def start(self, plan: list[str], steps: int, done: int = 0) -> None:
+        """Show what the run is about to do: `steps` planned in all, `done` of them behind a resumed run."""
+        self.steps = steps
+        for line in plan:
+            self.message(line)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        self.message(step_line(metrics, self.steps))
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Show a line of eval.jsonl with its samples."""
+        for text in evaluation_lines(line):
+            self.message(text)
+
+    def message(self, text: str) -> None:
+        print(printable(text), flush=True)
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice."""
+
+
+class LiveConsole(Console):
+    """A progress bar and the latest metrics at the bottom of a terminal, messages and samples scrolling above."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+
+    def start(self, plan: list[str], steps: int, done: int = 0) -> None:
+        super().start(plan, steps, done)
+        self._history: dict[str, deque[float]] = {}
+        self._failures: dict[str, int] = {}
+        self._metrics: dict[str, Any] = {}
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console)
+        self._bar = self._progress.add_task("", total=steps, completed=done)
+        # No refresh from a thread: whatever a reward does with the terminal, nothing redraws until the step is over.
+        self._live = Live(self._render(), console=self._console, auto_refresh=False)
+        self._live.start(refresh=True)
+        if "PYTHONBREAKPOINT" not in os.environ:
+            sys.breakpointhook = self._breakpoint
+
+    def _breakpoint(self, *args: Any, **kwargs: Any) -> None:
+        """What `breakpoint()` does while the display is up: give the terminal to pdb and go on in plain lines."""
+        self.close()
+        pdb.Pdb(skip=[__name__]).set_trace()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        if not self._live:
+            super().step(metrics)
+            return
+        self._metrics.update(metrics)
+        for name, value in metrics.items():
+            if name.startswith("failures/"):
+                component = name.removeprefix("failures/")
+                self._failures[component] = self._failures.get(component, 0) + value
+        self._remember({name: metrics.get(name) for name in shown_metrics(metrics)})
+        self._progress.update(self._bar, completed=metrics["step"])
+        self._refresh()
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        super().evaluation(line)
+        if line["split"] == "tune":
+            utility = (line["metrics"].get("utility") or {}).get("mean")
+            self._metrics["utility"] = utility
+            self._remember({"utility": utility})
+            self._refresh()
+
+    def message(self, text: str) -> None:
+        self._console.print(Text(printable(text)))
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+            sys.breakpointhook = sys.__breakpointhook__
+
+    def _remember(self, values: dict[str, float | None]) -> None:
+        for name, value in values.items():
+            if is_number(value):
+                self._history.setdefault(name, deque(maxlen=HISTORY)).append(float(value))  # type: ignore[arg-type]
+
+    def _refresh(self) -> None:
+        if self._live:
+            self._live.update(self._render(), refresh=True)
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for name, label in (shown_metrics(self._metrics) | {"utility": "utility"}).items():
+            if name in self._history:
+                value = self._metrics.get(name)
+                table.add_row(Text(label), Text(short(value), justify="right"), Text(sparkline(self._history[name])))
+        for name, rows in self._failures.items():
+            if rows:
+                table.add_row(Text(f"{name} failures", style="red"), Text(short(rows), style="red"), "")
+        return Group(Rule(style="dim"), table, self._progress)
+
+
+def shown_metrics(metrics: dict[str, Any]) -> dict[str, str]:
+    """The few metrics worth a line, in order, with their labels: reward, components, length, KL, speed."""
+    components = [name for name in metrics if re.fullmatch("reward/.+/mean", name)]
+    labels = {"reward/mean": "reward"}
+    labels |= {name: name.removeprefix("reward/").removesuffix("/mean") for name in components}
+    labels |= {"completion/length": "len", "kl": "kl", "tokens_per_second": "tok/s"}
+    return {name: label for name, label in labels.items() if name in metrics}
+
+
+def step_line(metrics: dict[str, Any], steps: int) -> str:
+    """`step 12/100  reward 0.513  chrf 0.62  len 18.3  kl 0.001  1.2k tok/s`, then failures if there are any."""
+    parts = [f"step {metrics['step']}/{steps}"]
+    for name, label in shown_metrics(metrics).items():
+        value = short(metrics[name])
+        parts.append(f"{value} {label}" if name == "tokens_per_second" else f"{label} {value}")
+    failed = {name.removeprefix("failures/"): rows for name, rows in metrics.items() if name.startswith("failures/")}
+    parts += [f"{name} failed on {short(rows)}" for name, rows in failed.items() if rows]
+    return "  ".join(parts)
+
+
+def evaluation_lines(line: dict[str, Any]) -> list[str]:
+    """A heading with every metric and its interval, then each sample's prompt, completion and component rewards."""
+    lines = [f"{line['label']} on {line['split']} at step {line['step']}"]
+    for name, entry in line["metrics"].items():
+        bounds = f"  [{short(entry['low'])}, {short(entry['high'])}]" if is_number(entry.get("low")) else ""
+        lines.append(f"  {name} {short(entry['mean'])}{bounds}")
+    for sample in line.get("samples", []):
+        rewards = "  ".join(f"{name} {short(value)}" for name, value in sample["rewards"].items())
+        lines += [
+            f"  > {one_line(prompt_text(sample['prompt']))}",
+            f"  < {one_line(sample['completion'])}",
+            f"    {rewards}",
+        ]
+    return lines
+
+
+def prompt_text(prompt: str) -> str:
+    """A prompt of messages as `role: content` lines; any other as it is."""
+    if not prompt.startswith('[{"'):
+        return prompt
+    try:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(prompt))
+    except (ValueError, KeyError, TypeError):
+        return prompt  # a plain prompt that only looks like messages
+
+
+def one_line(text: str, limit: int = 240) -> str:
+    """Text with its line breaks shown as ⏎, cut in the middle to `limit` characters."""
+    text = text.replace("\n", " ⏎ ")
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Text without control characters: what a policy writes must not steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def short(value: Any) -> str:
+    """Three significant digits: 0.513, 18.3, 1.2k; - for no value."""
+    if not is_number(value):
+        return "-"
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def sparkline(values: "deque[float] | list[float]") -> str:
+    """One block a value, scaled between the smallest and the largest."""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(BLOCKS[round((value - low) / span * (len(BLOCKS) - 1))] for value in values)

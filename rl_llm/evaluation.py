@@ -1,0 +1,166 @@
+"""Held-out metrics with intervals, the utility that ranks policies, and early stopping."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rl_llm.collector import Collected
+from rl_llm.config import ComponentConfig, EvaluationConfig
+from rl_llm.crew import Crew
+from rl_llm.rewards import apply_policy
+from rl_llm.rollout import SamplingParams
+from rl_llm.workers import fetch
+
+RESAMPLES = 2000
+CLIP = 5.0
+# Evaluation that is not greedy draws from streams that no training sample reaches.
+EVALUATION_IDS = 1 << 62
+
+
+def interval(values: np.ndarray, seed: int = 0) -> dict[str, float | None]:
+    """Mean of [N] values with 95 % percentile-bootstrap bounds over rows; NaN rows are left out.
+
+    Returns `{"mean", "low", "high"}`, all None where no row has a value.
+    """
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return {"mean": None, "low": None, "high": None}
+    generator = np.random.Generator(np.random.Philox(key=[seed, len(values)]))
+    means = np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+@dataclass
+class Utility:
+    """Sum over held-out metrics of weight x clipped (metric - base mean) / base spread, a number a prompt.
+
+    The base statistics are those of the policy before training on the tune split; they and the weights never change
+    within a run, so utilities of its policies compare. The untrained policy is at about 0 by construction.
+
+    Attributes:
+        weights: by metric.
+        base: mean and spread (standard deviation over prompts; 1 where that is 0) by metric, once measured.
+    """
+
+    weights: dict[str, float]
+    base: dict[str, tuple[float, float]]
+
+    def measure_base(self, values: dict[str, np.ndarray]) -> None:
+        """Take the base statistics from the untrained policy's values per prompt."""
+        for name in self.weights:
+            there = values[name][~np.isnan(values[name])]
+            self.base[name] = (float(there.mean()), float(there.std()) or 1.0) if len(there) else (0.0, 1.0)
+
+    def per_prompt(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """[N]; a metric without a value for a prompt adds nothing there, a prompt without any is NaN."""
+        terms = np.stack(
+            [
+                weight * np.clip((values[name] - self.base[name][0]) / self.base[name][1], -CLIP, CLIP)
+                for name, weight in self.weights.items()
+            ]
+        )
+        return np.where(np.isnan(terms).all(axis=0), np.nan, np.nansum(terms, axis=0))
+
+
+@dataclass
+class Progress:
+    """The best utility so far, and how long ago that was in validations."""
+
+    best: float = float("-inf")
+    best_step: int = 0
+    since: int = 0
+
+    def note(self, utility: float | None, step: int) -> bool:
+        """Whether this validation is the best so far; the first of equals stays."""
+        if utility is not None and utility > self.best:
+            self.best, self.best_step, self.since = utility, step, 0
+            return True
+        self.since += 1
+        return False
+
+    def exhausted(self, patience: int | None) -> bool:
+        return patience is not None and self.since >= patience
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: the line for eval.jsonl and each metric's value a prompt, [P], NaN where there is none."""
+
+    line: dict[str, Any]
+    values: dict[str, np.ndarray]
+
+
+class Evaluator:
+    """Scores the policy on fixed held-out prompts, greedily unless told otherwise."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        params: SamplingParams,
+        request_rows: int,
+        components: Mapping[str, ComponentConfig],
+        crew: Crew,
+        utility: Utility,
+        on_failure: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config, self.params, self.request_rows = config, params, request_rows
+        self.components, self.crew, self.utility = components, crew, utility
+        self.on_failure = on_failure
+
+    def evaluate(self, prompts: pa.Table, split: str, label: str, step: int) -> Evaluation:
+        """Sample and score `prompts`; the first evaluation of all sets the utility's base statistics.
+
+        Args:
+            prompts: [P] rows of a task's split.
+            split, label, step: for the record.
+
+        Raises:
+            RewardFailed: a component failed beyond what its configuration allows.
+        """
+        names = list(self.components)
+        crew = self.crew
+        first = (EVALUATION_IDS, 0)
+        name = f"{label}-{split}-{step}"
+        found = crew.collector.collect(
+            name, prompts, self.params, self.request_rows, first, crew.version, crew.weights, names
+        )
+        prompt_ids = found.summary["prompt_id"].to_numpy()
+        values = {}
+        for metric, config in self.components.items():
+            settled = apply_policy(metric, config, found.scores[metric], prompt_ids, step)
+            values[metric] = settled.values
+            for record in settled.failures:
+                self.on_failure(record)
+        if not self.utility.base:
+            self.utility.measure_base(values)
+        values["utility"] = self.utility.per_prompt(values)
+        values["length"] = found.summary["length"].to_numpy().astype(np.float64)
+        line = {
+            "step": step,
+            "split": split,
+            "label": label,
+            "metrics": {metric: interval(column) for metric, column in values.items()},
+            "samples": self._samples(found, values),
+        }
+        return Evaluation(line, values)
+
+    def _samples(self, found: Collected, values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        if self.config.samples == 0:
+            return []
+        [shard] = fetch(found.shards[:1])
+        rows = shard.slice(0, self.config.samples).select(["prompt", "completion"]).to_pylist()
+        scored = [name for name in values if name != "length"]
+        return [
+            {**row, "rewards": {name: None if np.isnan(values[name][i]) else float(values[name][i]) for name in scored}}
+            for i, row in enumerate(rows)
+        ]
+
+
+def held_out(split: pa.Table, count: int) -> pa.Table:
+    """The same `count` rows of a split each time, drawn from all over it: sources are often sorted."""
+    order = np.random.Generator(np.random.Philox(key=[0, split.num_rows])).permutation(split.num_rows)
+    return split.take(pa.array(np.sort(order[:count])))

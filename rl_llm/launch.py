@@ -1,0 +1,228 @@
+"""A whole run: checks, warm start, training, the best policy, controls, summary and report."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from rl_llm import checkpoint
+from rl_llm.config import RunConfig, build_config
+from rl_llm.console import Console, make_console
+from rl_llm.errors import RunFailed, UserError
+from rl_llm.learner.warm_start import base_path, build_base, needs_base
+from rl_llm.logger import Callback, sinks
+from rl_llm.plan import Plan, describe, make_plan
+from rl_llm.run import Run
+from rl_llm.tasks import Task
+from rl_llm.trainer import Interrupted, Trainer, utility_weights
+
+# What may differ between a run and its resumption: none of it changes what the remaining steps are made of, save
+# weights, which are meant to be changed.
+MAY_CHANGE = ("evaluation.every", "evaluation.patience", "evaluation.samples", "evaluation.controls",
+              "evaluation.test_prompts", "checkpoint", "logging", "resources", "rewards.weights", "trainer.steps")  # fmt: skip
+LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
+
+
+def run_training(
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    task: Task | None = None,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+) -> Run:
+    """Train as configured into the run directory `path` and return the finished run.
+
+    Args:
+        resume: go on from the directory's newest whole checkpoint; begin where there is none.
+        functions: reward functions given as they are, by component.
+        task: prompts made already, in place of `config.task`.
+        callbacks: beside those that `logging` asks for.
+
+    Raises:
+        UserError: something has to be changed first; nothing was started.
+        RunFailed: the run could not go on. `summary.json` has the reason.
+        Interrupted: SIGINT or SIGTERM; resume to go on.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = console or make_console()
+    all_callbacks = [*sinks(config.logging), *callbacks]
+    plan = make_plan(config, functions or {}, task)
+    state = _open_directory(config, path, resume, console)
+    if resume and _complete(path, config):
+        console.message(f"{path} is complete already")
+        return Run(path)
+    started = False
+    if config.resources.uses_ray:
+        from rl_llm.cluster import connect
+
+        started = connect(config.resources)
+    try:
+        return _run(plan, path, state, all_callbacks, console)
+    finally:
+        console.close()
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callback], console: Console) -> Run:
+    config, start = plan.config, time.monotonic()
+    console.start(describe(plan), config.trainer.steps, checkpoint.load_state(state)["steps_done"] if state else 0)
+    base = ensure_base(config, plan.task, console)
+    plan.task.tokenize(AutoTokenizer.from_pretrained(base))
+    _write_config(config, path)
+    trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
+    summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
+    try:
+        summary["status"] = trainer.fit()
+        if summary["status"] == "stopped_early":
+            summary["reason"] = f"no better utility in {config.evaluation.patience} validations"
+        trainer.export_best()
+        summary["after"] = trainer.test("after").line["metrics"]
+        if "supervised" in config.evaluation.controls:
+            console.message("control: continued supervised warm start on the same number of tokens")
+            summary["controls"]["supervised"] = trainer.continue_warm_start()
+    except Interrupted:
+        summary["status"], summary["reason"] = "interrupted", "asked to stop"
+        trainer.export_best()
+        raise
+    except RunFailed as error:
+        summary["reason"] = str(error)
+        raise
+    except BaseException as error:
+        summary["reason"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        summary |= {
+            "steps": trainer.steps_done,
+            "best_step": trainer.progress.best_step,
+            "before": trainer.before,
+            "bad_rows": len(plan.task.bad_rows),
+            "seconds": time.monotonic() - start,
+        }
+        _finish(trainer, summary)
+    if "constant_reward" in config.evaluation.controls:
+        console.message("control: reinforcement learning with a constant reward")
+        control = run_training(constant_reward(config), path / "controls" / "constant_reward", resume=True,
+                               functions=plan.functions, console=Console())  # fmt: skip
+        summary["controls"]["constant_reward"] = control.summary["after"]
+        trainer.journal.summary(summary)
+    return Run(path)
+
+
+def _finish(trainer: Trainer, summary: dict[str, Any]) -> None:
+    """Leave the directory complete, however the run ended."""
+    trainer.journal.summary(summary)
+    for callback in trainer.journal.callbacks:
+        callback.on_end(trainer, summary)
+    trainer.close()
+    Run(trainer.path).report()
+
+
+def ensure_base(config: RunConfig, task: Task, console: Console) -> str:
+    """The folder (or Hub name) of the policy before reinforcement learning, warm-started if that is not cached."""
+    if not needs_base(config):
+        assert config.policy.model is not None
+        return config.policy.model
+    folder = base_path(config, task)
+    if folder.is_dir():
+        console.message(f"warm start: found in the cache, {folder}")
+    elif config.resources.num_learners == 0:
+        build_base(config, task, folder, console.message)
+    else:
+        import ray
+
+        console.message("warm start: under way with the learner's resources")
+        resources = config.resources
+        build = ray.remote(num_cpus=resources.num_cpus_per_learner, num_gpus=resources.num_gpus_per_learner)(build_base)
+        ray.get(build.remote(config, task, folder, print))
+    return str(folder)
+
+
+def constant_reward(config: RunConfig) -> RunConfig:
+    """The same run with nothing to learn from: a constant reward, measured by the same metrics and utility."""
+    measured = {
+        name: component.model_copy(update={"gate": None})
+        for name, component in {**config.rewards.components, **config.evaluation.metrics}.items()
+    }
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw["rewards"] |= {"components": {"constant": {"use": "constant"}}, "weights": {}}
+    raw["evaluation"] |= {
+        "metrics": {name: component.model_dump(mode="json") for name, component in measured.items()},
+        "utility": utility_weights(config),
+        "controls": [],
+        "patience": None,
+        "every": config.trainer.steps,
+    }
+    raw["checkpoint"]["every"] = config.trainer.steps
+    raw["logging"] |= {"rollouts": 0, "tensorboard": False, "wandb_project": None, "mlflow_experiment": None}
+    return build_config(raw)
+
+
+def _open_directory(config: RunConfig, path: Path, resume: bool, console: Console) -> Path | None:
+    """The checkpoint to go on from, or None to begin. Raises `UserError` where the directory holds another run."""
+    if not (path / "config.yaml").is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--output {path} exists and is no run directory; name another one")
+        return None
+    if not resume:
+        raise UserError(f"{path} holds a run already; add --resume to go on with it, or name another --output")
+    _refuse_changes(Run(path).config, config, path)
+    state, refused = checkpoint.find(path / "checkpoints")
+    for line in refused:
+        console.message(line)
+    if state is None:
+        console.message(f"{path} has no whole checkpoint; beginning anew")
+    return state
+
+
+def _refuse_changes(old: RunConfig, new: RunConfig, path: Path) -> None:
+    def flat(node: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(node, dict) and node:
+            return {
+                k: v for name, child in node.items() for k, v in flat(child, f"{key}.{name}" if key else name).items()
+            }
+        return {key: node}
+
+    before, after = (flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
+    changed = [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was made with another config, so it cannot be resumed with this one: {'; '.join(changed)}. "
+            "Take the change back or name another --output"
+        )
+
+
+def _complete(path: Path, config: RunConfig) -> bool:
+    """Whether nothing is left to do: the run ended by itself, at these steps, with every control made."""
+    summary = Run(path).summary
+    ended = summary.get("status") == "stopped_early" or (
+        summary.get("status") == "finished" and summary["steps"] >= config.trainer.steps
+    )
+    return ended and set(config.evaluation.controls) <= set(summary["controls"])
+
+
+def _write_config(config: RunConfig, path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    text = config.to_yaml() + yaml.safe_dump({"versions": versions}, sort_keys=False)
+    aside = path / ".config.yaml.partial"
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path / "config.yaml")

@@ -1,0 +1,129 @@
+"""The base: the folder a run's reinforcement learning starts from, built and warm-started once and cached."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from rl_llm.config import RunConfig, ScratchConfig
+from rl_llm.learner.supervised import encode_examples, train_supervised
+from rl_llm.policies import CausalLM
+from rl_llm.table import FIELD, ragged
+from rl_llm.tasks import Task
+
+END = "<|end|>"
+# Texts the byte-pair merges are learned from; more would not change a small vocabulary.
+TOKENIZER_TEXTS = 20_000
+
+
+def cache_folder() -> Path:
+    """Where warm-started models are kept between runs: RL_LLM_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("RL_LLM_CACHE") or Path.home() / ".cache" / "rl_llm") / "warm_start"
+
+
+def needs_base(config: RunConfig) -> bool:
+    """Whether a base has to be built, rather than a given model used as it is."""
+    warm = config.warm_start
+    return config.policy.model is None or warm.pretrain_steps + warm.supervised_steps > 0
+
+
+def base_path(config: RunConfig, task: Task) -> Path:
+    """Where the base of these settings, this text and these libraries is, or will be, cached."""
+    texts = task.training_texts(config.warm_start.target)
+    settings = {
+        "policy": config.policy.model_dump(include={"model", "scratch", "dropout", "precision"}),
+        "warm_start": config.warm_start.model_dump(),
+        "task": config.task.model_dump(include={"chat", "system", "max_prompt_tokens"}),
+        "seed": config.trainer.seed,
+        "threads": config.resources.threads,
+        "versions": [torch.__version__, transformers.__version__, tokenizers.__version__],
+    }
+    digest = hashlib.sha256(json.dumps([settings, texts], sort_keys=True).encode()).hexdigest()
+    return cache_folder() / digest[:20]
+
+
+def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[str], None]) -> None:
+    """Build, warm-start and save the policy to `folder`, which appears whole or not at all."""
+    torch.set_num_threads(config.resources.threads)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        source = config.policy.model
+        if source is None:
+            source = str(Path(scratch) / "cold")
+            texts = task.training_texts(config.warm_start.target)[:TOKENIZER_TEXTS]
+            build_scratch(
+                config.policy.scratch, (t for prompt, ts in texts for t in (prompt, *ts)), source, config.trainer.seed
+            )
+        policy = CausalLM(source, config.policy.model_copy(update={"trainable": "all"}))
+        task.tokenize(policy.tokenizer)
+        warm = config.warm_start
+        examples = encode_examples(policy, *supervised_texts(task, config), warm.max_target_tokens)
+        for steps, whole in ((warm.pretrain_steps, True), (warm.supervised_steps, False)):
+            name = "self-supervised" if whole else "supervised"
+
+            def report(step: int, total: int, loss: float, name: str = name) -> None:
+                if step % 50 == 0 or step == total:
+                    progress(f"warm start, {name}: step {step}/{total}  loss {loss:.3f}")
+
+            if steps:
+                train_supervised(
+                    policy, examples, warm, config.trainer.seed, steps=steps, whole_text=whole, progress=report
+                )
+        ready = Path(scratch) / "ready"
+        policy.save_pretrained(ready)
+        # Another run may have finished the same base meanwhile; both are the same.
+        if folder.exists():
+            return
+        shutil.move(ready, folder)
+
+
+def supervised_texts(task: Task, config: RunConfig) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Prompts (tokens) and targets (texts) of the tokenized train split."""
+    train = task.splits["train"]
+    values = train[FIELD + config.warm_start.target].to_pylist()
+    return ragged(train["prompt_ids"]), [[value] if isinstance(value, str) else list(value or []) for value in values]
+
+
+def build_scratch(config: ScratchConfig, texts: Iterable[str], folder: str, seed: int) -> None:
+    """An untrained GPT-like model and a byte-level byte-pair tokenizer learned from `texts`, saved to `folder`."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+    settings = scratch_settings(config, len(tokenizer), tokenizer.eos_token_id)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def scratch_settings(config: ScratchConfig, vocab_size: int, end_id: int) -> transformers.LlamaConfig:
+    """The architecture of a policy built from scratch."""
+    return transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.hidden_size * 8 // 3,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+    )

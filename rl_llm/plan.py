@@ -1,0 +1,152 @@
+"""What a run is about to do, checked before anything starts: data, components, model, actors, memory."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from rl_llm.config import RunConfig
+from rl_llm.errors import UserError
+from rl_llm.learner.warm_start import needs_base, scratch_settings
+from rl_llm.rewards import Component
+from rl_llm.tasks import Task, describe_bad_rows, load_task
+
+GIB = 2**30
+
+
+@dataclass
+class Plan:
+    """A run that can start.
+
+    Attributes:
+        task: loaded, not yet tokenized.
+        parameters: of the policy, all of them and the trainable ones.
+    """
+
+    config: RunConfig
+    task: Task
+    functions: Mapping[str, Callable[..., Any]]
+    parameters: tuple[int, int]
+
+
+def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task | None = None) -> Plan:
+    """Load what has to be there and check that it fits together.
+
+    Raises:
+        UserError: unreadable data, an unknown component, a missing column or model, an impossible combination.
+    """
+    check_model(config.policy.model)
+    task = task or load_task(config.task, config.trainer.seed)
+    for name, component in {**config.rewards.components, **config.evaluation.metrics}.items():
+        Component(name, component, functions.get(name)).check_columns(task.fields)
+    if needs_base(config) or "supervised" in config.evaluation.controls:
+        task.training_texts(config.warm_start.target)
+    return Plan(config, task, functions, _parameters(config))
+
+
+def check_model(model: str | None) -> None:
+    """Raise `UserError` where a model is given as a folder and that is not there or holds no model."""
+    if model is None:
+        return
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"policy.model: {model} is no model folder (it has no config.json)")
+    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(
+            f"policy.model: there is no folder {model}; give a Hugging Face folder or a Hub name owner/name"
+        )
+
+
+def _parameters(config: RunConfig) -> tuple[int, int]:
+    """All parameters and the trainable ones, from the model's settings alone."""
+    policy = config.policy
+    with init_empty_weights():
+        if policy.model is None:
+            model = LlamaForCausalLM(scratch_settings(policy.scratch, policy.scratch.vocab_size, 0))
+        else:
+            try:
+                settings = AutoConfig.from_pretrained(policy.model)
+                model = AutoModelForCausalLM.from_config(settings)
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"policy.model {policy.model!r} cannot be loaded: {reason}") from None
+    total = sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if policy.trainable == "lora":
+        return total, sum(policy.lora.r * (m.in_features + m.out_features) for m in linear)
+    if policy.trainable == "last_layers":
+        depth = model.config.num_hidden_layers
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+        return total, sum(p.numel() for layer in layers[-policy.last_layers :] for p in layer.parameters())
+    return total, total
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in lines: task, policy, actors with their resources, memory."""
+    config, task = plan.config, plan.task
+    total, trainable = plan.parameters
+    sides = ", ".join(f"{table.num_rows} {side}" for side, table in task.splits.items())
+    rollout, resources = config.rollout, config.resources
+    rows = rollout.prompts_per_step * rollout.samples_per_prompt
+    source = config.policy.model or "built from scratch"
+    weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.weights.items())
+    lines = [
+        f"task       {task.name}: {sides} prompts",
+        f"policy     {source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M of them train ({config.policy.trainable})",
+        f"rewards    {weights} ({config.rewards.combine})",
+        f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
+        f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; {config.algorithm.name}, lr {config.learner.lr:g}",
+        *(f"actor      {line}" for line in _actors(config)),
+        f"memory     about {memory_estimate(config, plan.parameters) / GIB:.1f} GiB in all processes, Ray's own aside",
+    ]
+    if task.bad_rows:
+        lines.append(f"bad rows   {len(task.bad_rows)} skipped: {describe_bad_rows(task.bad_rows)}")
+    return lines
+
+
+def _actors(config: RunConfig) -> list[str]:
+    resources = config.resources
+    lines = []
+    for kind in ("learner", "rollout_worker", "reward_worker"):
+        count = getattr(resources, f"num_{kind}s")
+        cpus, gpus = getattr(resources, f"num_cpus_per_{kind}"), getattr(resources, f"num_gpus_per_{kind}", 0)
+        name = kind.replace("_", " ")
+        if count:
+            lines.append(f"{count} x {name}: {cpus:g} CPU, {gpus:g} GPU, {resources.threads} torch threads each")
+        else:
+            lines.append(f"{name} in this process, {resources.threads} torch threads")
+    return lines
+
+
+def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
+    """Bytes at the peak of a step, roughly: weights, gradients, optimiser, cache, activations of a micro-batch.
+
+    fp32 weights (4 bytes) in each replica, with bf16 copies while it acts; gradients (4) and AdamW's moments (8) of
+    what trains; activations by the usual count of about 34 bytes x hidden x layers a token (arXiv 2205.05198).
+    """
+    total, trainable = parameters
+    resources, rollout = config.resources, config.rollout
+    separate = resources.num_rollout_workers + (resources.num_learners > 0 or resources.num_rollout_workers > 0)
+    replicas = max(separate, 1)
+    reference = total * 4 if config.algorithm.kl.coef and config.policy.trainable != "lora" else 0
+    optimizer = 8 if config.learner.optimizer == "adamw" else 4 * (config.learner.momentum > 0)
+    settings = (
+        scratch_settings(config.policy.scratch, config.policy.scratch.vocab_size, 0)
+        if config.policy.model is None
+        else AutoConfig.from_pretrained(config.policy.model)
+    )
+    width, depth = settings.hidden_size, settings.num_hidden_layers
+    tokens = min(
+        config.learner.tokens_per_microbatch,
+        rollout.prompts_per_step
+        * (config.task.max_prompt_tokens + rollout.samples_per_prompt * rollout.max_new_tokens),
+    )
+    activations = tokens * width * (2 * depth + 34 if config.policy.gradient_checkpointing else 34 * depth)
+    cache = rollout.request_rows * (config.task.max_prompt_tokens + rollout.max_new_tokens) * depth * width * 4
+    base = 0.4 * GIB * (1 + resources.num_rollout_workers + resources.num_learners + resources.num_reward_workers)
+    return replicas * total * 6 + reference + trainable * (4 + optimizer) + activations + cache + base

@@ -1,0 +1,196 @@
+"""A decoder-only language model as a policy: loads, replays log-probs, trades weights, saves."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rl_llm.config import PolicyConfig
+from rl_llm.errors import UserError
+from rl_llm.policies.groups import GroupBatch
+
+# Logits of this many tokens exist at once; more would not be faster, only larger.
+LOGPROB_CHUNK = 512
+_DROPOUT_NAMES = {"attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"}
+
+
+class CausalLM:
+    """A Hugging Face causal LM with fp32 weights, its tokenizer, and what of it trains.
+
+    Attributes:
+        model: the model as saved and loaded by `transformers` (or its `peft` wrapper with trainable="lora").
+        trainable: parameters that learn, by name, in a fixed order.
+    """
+
+    def __init__(self, folder: str | Path, config: PolicyConfig) -> None:
+        """Load from a Hugging Face folder or Hub name. Raises `UserError` if there is no such model."""
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+            settings = AutoConfig.from_pretrained(str(folder))
+            for name in _DROPOUT_NAMES & set(vars(settings)):
+                setattr(settings, name, config.dropout)
+            self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                str(folder), config=settings, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"policy.model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"policy.model {str(folder)!r}: its tokenizer has no end-of-text token")
+        self.lm.to(self.device).eval()
+        self.model: nn.Module = self.lm
+        self._freeze()
+        self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if config.gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.autocast_dtype = torch.bfloat16 if wants_bf16(config.precision, self.device) else None
+
+    def _freeze(self) -> None:
+        if self.config.trainable == "last_layers":
+            self.lm.requires_grad_(False)
+            layers = self.layers
+            if self.config.last_layers > len(layers):
+                raise UserError(f"policy.last_layers {self.config.last_layers}: the model has {len(layers)} layers")
+            for layer in layers[-self.config.last_layers :]:
+                layer.requires_grad_(True)
+        elif self.config.trainable == "lora":
+            import peft
+
+            lora = self.config.lora
+            settings = peft.LoraConfig(
+                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"
+            )
+            # The adapter's random half must not differ between the processes of a run.
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                try:
+                    self.model = peft.get_peft_model(self.lm, settings).eval()
+                except ValueError as error:
+                    raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        depth = self.lm.config.num_hidden_layers
+        return next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a completion: the tokenizer's own and those the model's generation settings name."""
+        named = getattr(self.lm.generation_config, "eos_token_id", None)
+        named = named if isinstance(named, list) else [named]
+        return sorted({self.tokenizer.eos_token_id, *(token for token in named if token is not None)})
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[None]:
+        """No gradients, and weights cast to bf16 once for the whole of a rollout instead of once a token."""
+        # Autocast keeps a cast weight only if it could need a gradient, so frozen ones are marked for the while.
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def logprobs(self, batch: GroupBatch, temperature: float) -> Tensor:
+        """Log-probabilities of the completion tokens of a batch at a sampling temperature.
+
+        Args:
+            batch: groups packed a row each, see `GroupBatch`.
+            temperature: what the logits are divided by.
+
+        Returns:
+            float32 [R, T], a row per sample in the batch's order; 0 where there is no token.
+        """
+        with self.autocast():
+            base = getattr(self.lm, self.lm.base_model_prefix)
+            hidden = base(
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=batch.attention_mask().to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+                use_cache=False,
+            ).last_hidden_state
+            # The state that predicts each completion token, [N, H] over all real tokens of the batch.
+            states = hidden.flatten(0, 1)[batch.predictor.to(self.device)]
+            flat = self.chosen_logprobs(states, batch.targets.to(self.device), temperature)
+        out = torch.zeros(batch.mask.shape, dtype=flat.dtype, device=flat.device)
+        return out.masked_scatter(batch.mask.to(self.device), flat)
+
+    def chosen_logprobs(self, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probability of each target from its predicting state, [N, H] and [N] -> float32 [N].
+
+        Works chunk by chunk and recomputes logits in the backward pass, so that those of a batch never exist at once.
+        """
+        parts = []
+        for start in range(0, len(targets), LOGPROB_CHUNK):
+            piece = states[start : start + LOGPROB_CHUNK], targets[start : start + LOGPROB_CHUNK], temperature
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(self._chunk_logprobs, *piece, use_reentrant=False))
+            else:
+                parts.append(self._chunk_logprobs(*piece))
+        return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
+
+    def _chunk_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        logits = self._logits(states).float() / temperature
+        return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits = self.lm.get_output_embeddings()(states)
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def export_weights(self) -> np.ndarray:
+        """The trainable weights as one flat uint8 array: readers map it from the object store without a copy."""
+        return np.concatenate(
+            [p.detach().cpu().contiguous().view(-1).numpy().view(np.uint8) for p in self.trainable.values()]
+        )
+
+    def load_weights(self, flat: np.ndarray) -> None:
+        """Put weights exported by another replica in place."""
+        sizes = [p.numel() * p.element_size() for p in self.trainable.values()]
+        if sum(sizes) != flat.nbytes:
+            raise ValueError(f"weights of {flat.nbytes} bytes do not fit {sum(sizes)} bytes of trainable parameters")
+        with torch.no_grad():
+            for p, part in zip(self.trainable.values(), np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
+                # torch wants a writable buffer although it only reads this one; a view over mapped memory is not.
+                p.copy_(torch.frombuffer(bytearray(part), dtype=p.dtype).view(p.shape))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Leave a folder that `transformers` loads; an adapter is merged into the weights."""
+        lm: Any = self.lm
+        if self.config.trainable == "lora":
+            # Merging in place and taking it out again would change the weights by a rounding.
+            lm = copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
+        lm.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """Trainable and all parameters."""
+        return sum(p.numel() for p in self.trainable.values()), sum(p.numel() for p in self.model.parameters())
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run in bf16: as told, or where `auto` finds the hardware made for it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo")
+    # torch says nothing public about native bf16 of a CPU; emulated it is many times slower than fp32.
+    return flags.exists() and any(flag in flags.read_text() for flag in ("amx_bf16", "avx512_bf16", " bf16"))

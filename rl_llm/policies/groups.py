@@ -1,0 +1,131 @@
+"""Groups packed for a forward pass: a shared prompt is read once for all its completions.
+
+A row is `[prompt][completion 1]...[completion n]`. A block mask lets each completion see the prompt and itself only, and
+positions restart after the prompt, so every log-prob equals that of the sample alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PROMPT, _PAD = 0, -1
+
+
+@dataclass
+class GroupBatch:
+    """B packed groups with R samples in all.
+
+    Attributes:
+        rows: int64 [R], which row of the step's batch each sample is.
+        input_ids, position_ids, segments: int64 [B, S]; segment 0 is the prompt, k the k-th completion, -1 padding.
+        predictor: int64 [N], flat index into [B * S] of the state that predicts each completion token.
+        targets: int64 [N], those tokens, sample after sample.
+        mask: bool [R, T], where they stand in a right-padded table of samples.
+    """
+
+    rows: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    predictor: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def attention_mask(self) -> Tensor:
+        """bool [B, 1, S, S], true where the second token may be looked at by the first."""
+        segment = self.segments
+        length = segment.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        query, key = segment[:, :, None], segment[:, None, :]
+        allowed = causal & ((key == _PROMPT) | (key == query))
+        # Padding looks at itself: a row with nothing to look at would give NaN.
+        return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one prompt: their rows in the step's batch and their tokens."""
+
+    rows: tuple[int, ...]
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(len(c) for c in self.completions)
+
+
+def make_groups(
+    group_ids: Sequence[int], prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], budget: int
+) -> list[Group]:
+    """Rows gathered by group; a group above the token budget is cut into several that repeat its prompt."""
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        if len(completions[row]):
+            members.setdefault(int(group), []).append(row)
+    groups = []
+    for rows in members.values():
+        part: list[int] = []
+        size = start = len(prompts[rows[0]])
+        for row in rows:
+            if part and size + len(completions[row]) > budget:
+                groups.append(_group(part, prompts, completions))
+                part, size = [], start
+            part.append(row)
+            size += len(completions[row])
+        groups.append(_group(part, prompts, completions))
+    return groups
+
+
+def _group(rows: list[int], prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> Group:
+    return Group(tuple(rows), prompts[rows[0]], tuple(completions[row] for row in rows))
+
+
+def microbatches(groups: list[Group], budget: int) -> list[list[Group]]:
+    """Groups of similar length together, as many as fit the token budget with padding counted; at least one each."""
+    batches: list[list[Group]] = []
+    longest = 0
+    for group in sorted(groups, key=lambda g: (-g.tokens, g.rows)):
+        if batches and longest * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(group)
+        else:
+            batches.append([group])
+            longest = group.tokens
+    return batches
+
+
+def pack(groups: list[Group]) -> GroupBatch:
+    """Lay out groups as one padded batch."""
+    width = max(group.tokens for group in groups)
+    samples = [completion for group in groups for completion in group.completions]
+    input_ids = np.zeros((len(groups), width), dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    segments = np.full_like(input_ids, _PAD)
+    mask = np.arange(max(len(c) for c in samples)) < np.array([len(c) for c in samples])[:, None]
+    predictor = []
+    for b, group in enumerate(groups):
+        start = len(group.prompt)
+        input_ids[b, :start] = group.prompt
+        position_ids[b, :start] = np.arange(start)
+        segments[b, :start] = _PROMPT
+        at = start
+        for k, completion in enumerate(group.completions, start=1):
+            end = at + len(completion)
+            input_ids[b, at:end] = completion
+            position_ids[b, at:end] = np.arange(start, start + len(completion))
+            segments[b, at:end] = k
+            # The prompt's last token predicts the first token of every completion, then each token the next.
+            predictor.append(b * width + np.concatenate([[start - 1], np.arange(at, end - 1)]))
+            at = end
+    return GroupBatch(
+        rows=torch.tensor([row for group in groups for row in group.rows]),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        segments=torch.from_numpy(segments),
+        predictor=torch.from_numpy(np.concatenate(predictor)),
+        targets=torch.from_numpy(np.concatenate(samples).astype(np.int64)),
+        mask=torch.from_numpy(mask),
+    )

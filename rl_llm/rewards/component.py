@@ -1,0 +1,231 @@
+"""A reward component at work: bound to its arguments, called on the rollout table, its failures sorted out."""
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from rl_llm.config import ComponentConfig
+from rl_llm.errors import RunFailed, UserError, did_you_mean
+from rl_llm.rewards.registry import parameters_of, resolve
+from rl_llm.table import ERROR, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
+
+FAILED = (ERROR, TIMEOUT)
+GIVE_UP_AFTER = 8
+"""Rows retried one by one that may all fail before the rest of a batch is given up unasked."""
+
+_MAX_MESSAGES = 5
+_MAX_MESSAGE_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a component returned for some rows.
+
+    Attributes:
+        values: a number a row, None where there is none.
+        status: "ok", "not_applicable", "error" or "timeout", a row.
+        seconds: time spent in the component.
+        errors: the distinct failure messages, a few of them, the first one first; a batch that failed as a whole
+            leaves its message here even where every row succeeded by itself.
+    """
+
+    values: list[float | None]
+    status: list[str]
+    seconds: float
+    errors: list[str]
+
+    @classmethod
+    def failed(cls, rows: int, status: str, message: str, seconds: float = 0.0) -> "Scores":
+        """Scores of rows that were lost as a whole, e.g. with a worker killed at its deadline."""
+        return cls([None] * rows, [status] * rows, seconds, [message])
+
+    @classmethod
+    def merge(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The scores of consecutive shards as one."""
+        return cls(
+            [value for part in parts for value in part.values],
+            [status for part in parts for status in part.status],
+            sum(part.seconds for part in parts),
+            _distinct(message for part in parts for message in part.errors),
+        )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: float | None
+    status: str
+    message: str = ""
+
+
+class Component:
+    """A component of the mixture, ready to be called.
+
+    An async function that misses the deadline is cancelled. A plain one cannot be stopped from inside its own process:
+    there a hanging reward hangs the run, while a reward worker is killed.
+
+    Args:
+        name: its name in the mixture.
+        config: where it is found, its arguments and deadline.
+        fn: the function, class or callable object itself, in place of what `config.use` names.
+
+    Raises:
+        UserError: it is not found, or does not take these arguments.
+    """
+
+    def __init__(self, name: str, config: ComponentConfig, fn: Callable[..., Any] | None = None) -> None:
+        self.name = name
+        self.config = config
+        target = fn if fn is not None else resolve(config.use)
+        is_class = inspect.isclass(target)
+        self._parameters = parameters_of(target)
+        args = self._checked_arguments(is_class)
+        try:
+            self._function: Callable[..., Any] = target(**args) if is_class else target
+        except (TypeError, ValueError) as error:
+            raise UserError(f"component {name!r}: {error}") from error
+        self._args = {} if is_class else args
+        self._ready = False
+
+    def _checked_arguments(self, is_class: bool) -> dict[str, Any]:
+        arguments = self._parameters.arguments
+        settable = arguments if is_class else {**self._parameters.columns, **arguments}
+        for key in self.config.args:
+            if key not in settable:
+                hint = did_you_mean(key, settable) if settable else "it takes none"
+                raise UserError(f"component {self.name!r} has no argument {key!r}; {hint}")
+        for key, parameter in arguments.items():
+            if key not in self.config.args and parameter.default is parameter.empty:
+                raise UserError(f"component {self.name!r} needs args.{key}")
+        return {key: self._checked(settable[key], value) for key, value in self.config.args.items()}
+
+    def _checked(self, parameter: inspect.Parameter, value: Any) -> Any:
+        if parameter.annotation is parameter.empty or isinstance(parameter.annotation, str):
+            return value
+        try:
+            return TypeAdapter(parameter.annotation).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"component {self.name!r}, args.{parameter.name}: {reason} (given: {value!r})") from None
+        except PydanticUserError:  # an annotation of the user's that says nothing about plain values
+            return value
+
+    def check_columns(self, fields: Iterable[str]) -> None:
+        """Raises `UserError` where the component needs a column that is not among the task's `fields`."""
+        fields = sorted(fields)
+        for key, parameter in self._parameters.columns.items():
+            if parameter.default is parameter.empty and key not in fields and key not in self.config.args:
+                known = ", ".join(fields) or "the data has no other columns"
+                raise UserError(
+                    f"component {self.name!r} needs a column {key!r}; map it with task.columns.{key}: <one of {known}>"
+                )
+
+    def setup(self) -> None:
+        """Call the component's own `setup()`, once, where it has one. Raises `RunFailed` where that fails."""
+        if self._ready:
+            return
+        setup = getattr(self._function, "setup", None)
+        if setup is not None:
+            try:
+                setup()
+            except Exception as error:
+                raise RunFailed(f"component {self.name!r}: setup() failed with {_describe(error)}") from error
+        self._ready = True
+
+    def score(self, table: pa.Table) -> Scores:
+        """Score the rows of a rollout table.
+
+        Rows whose call raised, returned the wrong count or no finite number are tried again one by one, unless the
+        first `GIVE_UP_AFTER` of them all fail again. None is "not applicable" and no failure.
+        """
+        self.setup()
+        start = time.perf_counter()
+        inputs = reward_inputs(table)
+        outcomes = self._attempt(inputs, table.num_rows)
+        messages = [outcome.message for outcome in outcomes]
+        failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILED]
+        still_failing = 0
+        for tried, row in enumerate(failed if table.num_rows > 1 else []):
+            if tried == still_failing == GIVE_UP_AFTER:
+                break
+            (outcomes[row],) = self._attempt({key: column[row : row + 1] for key, column in inputs.items()}, 1)
+            messages.append(outcomes[row].message)
+            still_failing += outcomes[row].status in FAILED
+        return Scores(
+            [outcome.value for outcome in outcomes],
+            [outcome.status for outcome in outcomes],
+            time.perf_counter() - start,
+            _distinct(messages),
+        )
+
+    def _attempt(self, inputs: dict[str, list[Any]], rows: int) -> list[_Outcome]:
+        if rows == 0:
+            return []
+        try:
+            returned = list(self._call(inputs))
+            if len(returned) != rows:
+                return [_Outcome(None, ERROR, f"returned {len(returned)} values for {rows} completions")] * rows
+            return [_outcome(value) for value in returned]
+        except TimeoutError as error:
+            message = _describe(error) if str(error) else f"TimeoutError: no values within {self.config.timeout_s:g} s"
+            return [_Outcome(None, TIMEOUT, message)] * rows
+        except Exception as error:
+            return [_Outcome(None, ERROR, _describe(error))] * rows
+
+    def _call(self, inputs: dict[str, list[Any]]) -> Any:
+        takes = self._parameters
+        named = {*takes.inputs, *takes.columns}
+        # A column that happens to share its name with an argument is not that argument.
+        passed = {k: v for k, v in inputs.items() if k in named or (takes.any_column and k not in takes.arguments)}
+        result = self._function(**{**passed, **self._args})
+        return _run(result, self.config.timeout_s) if inspect.isawaitable(result) else result
+
+
+def _outcome(value: Any) -> _Outcome:
+    if getattr(value, "ndim", None) == 0:  # numpy and torch scalars
+        value = value.item()
+    if value is None:
+        return _Outcome(None, NOT_APPLICABLE)
+    if not isinstance(value, numbers.Real):
+        return _Outcome(None, ERROR, f"returned a value of type {type(value).__name__}, not a number")
+    number = float(value)
+    return _Outcome(number, OK) if math.isfinite(number) else _Outcome(None, ERROR, f"returned the value {number}")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _distinct(messages: Iterable[str]) -> list[str]:
+    found = dict.fromkeys(message[:_MAX_MESSAGE_LENGTH] for message in messages if message)
+    return list(found)[:_MAX_MESSAGES]
+
+
+# One loop for all components and calls: clients that a component opened in its first call keep working in the next,
+# and a loop that already runs in the caller's thread, as in a notebook, is not in the way.
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def _run(result: Awaitable[Any], timeout_s: float) -> Any:
+    async def limited() -> Any:
+        return await asyncio.wait_for(result, timeout_s)
+
+    future = asyncio.run_coroutine_threadsafe(limited(), _event_loop())
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # only an interrupted call is still under way here

@@ -1,0 +1,85 @@
+"""What happens to rows a component failed on: masked, imputed, or the end of the run. Never a silent 0."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rl_llm.config import ComponentConfig
+from rl_llm.errors import RunFailed
+from rl_llm.rewards.component import FAILED, Scores
+from rl_llm.table import NOT_APPLICABLE, TIMEOUT
+
+_MAX_PROMPT_IDS = 50
+
+
+class RewardFailed(RunFailed):
+    """A component failed in a way its configuration does not put up with.
+
+    Attributes:
+        failures: the records of the step's failures, lines of `failures.jsonl`.
+    """
+
+    def __init__(self, message: str, failures: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A component's values after its failure policy.
+
+    Attributes:
+        values: float64 [N], NaN where the row has no value.
+        status: [N], as scored: an imputed row keeps "error" or "timeout".
+        failures: lines of `failures.jsonl`, one a kind of failure.
+    """
+
+    values: np.ndarray
+    status: list[str]
+    failures: list[dict[str, Any]]
+
+
+def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids: np.ndarray, step: int) -> Settled:
+    """Apply a component's `on_failure` to its scores of a whole step.
+
+    Args:
+        scores: of all N rows of the step, merged.
+        prompt_ids: int [N], for the record.
+
+    Raises:
+        RewardFailed: a row failed under `on_failure: raise`, or more than `max_failure_rate` of the rows the component
+            applies to failed, whatever the policy.
+    """
+    status = np.array(scores.status, dtype=object)
+    values = np.array([np.nan if value is None else value for value in scores.values], dtype=np.float64)
+    failed = np.isin(status, FAILED)
+    rows, applicable = int(failed.sum()), int((status != NOT_APPLICABLE).sum())
+    too_many = rows > config.max_failure_rate * applicable
+    fatal = rows > 0 and (too_many or config.on_failure == "raise")
+    failures = [
+        {
+            "step": step,
+            "component": name,
+            "status": kind,
+            "rows": int((status == kind).sum()),
+            "outcome": "raise" if fatal else config.on_failure,
+            "message": _first_message(scores.errors, kind),
+            "prompt_ids": np.unique(prompt_ids[status == kind])[:_MAX_PROMPT_IDS].tolist(),
+        }
+        for kind in FAILED
+        if (status == kind).any()
+    ]
+    if fatal:
+        limit = f"more than max_failure_rate {config.max_failure_rate:g} allows" if too_many else "on_failure is raise"
+        raise RewardFailed(
+            f"component {name!r} failed on {rows} of {applicable} rows ({limit}): {failures[0]['message']}", failures
+        )
+    if config.impute is not None:
+        values[failed] = config.impute
+    return Settled(values, scores.status, failures)
+
+
+def _first_message(errors: list[str], kind: str) -> str:
+    matching = [message for message in errors if message.startswith("TimeoutError") == (kind == TIMEOUT)]
+    return (matching or errors or [""])[0]

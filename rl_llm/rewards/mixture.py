@@ -1,0 +1,254 @@
+"""The mixture: from raw components to advantages, and whose advantages they are.
+
+The order is: mask > gate > clip > scale > weigh > combine. A component without a value for a row contributes exactly 0
+to that row's advantage and leaves the statistics; a row without any value leaves everything. All in numpy, float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rl_llm.config import Ramp, RewardsConfig, Scheduled, value_at
+from rl_llm.errors import UserError, did_you_mean
+
+EPS = 1e-6
+"""Added to a group's standard deviation; the same as in `algorithms.advantages`."""
+
+_EPS_BATCH = 1e-8  # so small that whitening does not depend on the size of the weights, yet rounding noise stays noise
+_NO_SIGNAL = 1e-8
+_ROUNDING = 1e-12
+
+Estimator = Callable[..., Any]
+"""`(rewards, groups, valid, std_floor) -> advantages` on torch tensors [N]; see `algorithms.advantages`."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A step's rewards, weighed.
+
+    Attributes:
+        reward: float64 [N], the weighted sum of a row's components, NaN where it has none.
+        valid: bool [N], rows with at least one component.
+        advantages: float64 [N], 0 where not valid.
+        contributions: by component float64 [N]; they add up to the advantages.
+        diagnostics: numbers for `metrics.jsonl`, see `Mixture.mix`.
+    """
+
+    reward: np.ndarray
+    valid: np.ndarray
+    advantages: np.ndarray
+    contributions: dict[str, np.ndarray]
+    diagnostics: dict[str, float]
+
+
+class Mixture:
+    """Weights and combines components; its weights may be changed between two steps.
+
+    Attributes:
+        weights: by component, a number or a `Ramp`; change one with `set_weight`.
+    """
+
+    def __init__(self, config: RewardsConfig) -> None:
+        self.config = config
+        self.weights: dict[str, Scheduled] = dict(config.weights)
+        self._baseline: np.ndarray | None = None
+
+    def set_weight(self, name: str, value: Scheduled) -> None:
+        """Raises `UserError` where there is no such component or the value is not finite."""
+        if name not in self.weights:
+            raise UserError(f"weights.{name}: no such component; {did_you_mean(name, self.weights)}")
+        if not isinstance(value, Ramp) and not np.isfinite(value):
+            raise UserError(f"weights.{name}: {value} is not a finite number")
+        self.weights[name] = value if isinstance(value, Ramp) else float(value)
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The numbers the weights stand for at a step."""
+        return {name: value_at(weight, step) for name, weight in self.weights.items()}
+
+    def mix(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int, estimator: Estimator) -> Mixed:
+        """Weigh the raw components of a step.
+
+        The first batch ever mixed, the first policy's, sets the baseline that `std_floor` refers to; a component
+        without two values in any group of it has no floor.
+
+        Args:
+            components: raw values by component, float64 [N], NaN where a row has none.
+            groups: int [N], rows of one prompt share a number.
+            step: for weights that follow a schedule.
+            estimator: the algorithm's advantage of the weighted sum, which must be the group's centred reward times one
+                factor a group; not used by `normalize_then_sum`.
+
+        Diagnostics, with raw values in what is named after a component:
+            `reward/mean`, `reward/std`, `reward/<name>/mean`, `reward/<name>/std`: over rows with a value; left out
+            where there is none.
+            `share/<name>`: the covariance share of the advantage, sum_i(c_i A_i) / sum_i(A_i^2) for contribution c;
+            they add up to 1, or are all 0 where there is no advantage.
+            `correlation/<a>~<b>`: Pearson's, of deviations from group means over rows with both; 0 where undefined.
+            `weights/<name>`; `groups/without_signal`: share of groups where every advantage is 0.
+        """
+        raw = np.stack([components[name] for name in self.weights], axis=1)
+        numbers = self.weights_at(step)
+        weights = np.array(list(numbers.values()))
+        batch = _Grouped(self._transform(raw), groups)
+        baseline = self._baseline = batch.covariance() if self._baseline is None else self._baseline
+        valid = batch.present.any(axis=1)
+        if self.config.combine == "normalize_then_sum":
+            parts = self._normalize_then_sum(batch, weights, valid, baseline)
+            advantages = parts.sum(axis=1)
+        else:
+            parts, advantages = self._sum_then_normalize(batch, weights, valid, baseline, estimator)
+        reward = np.where(valid, batch.filled @ weights, np.nan)
+        diagnostics = {
+            **_moments("reward", reward),
+            **{key: n for k, name in enumerate(numbers) for key, n in _moments(f"reward/{name}", raw[:, k]).items()},
+            **_shares(list(numbers), parts, advantages),
+            **_correlations(list(numbers), raw, groups),
+            **{f"weights/{name}": weight for name, weight in numbers.items()},
+            "groups/without_signal": _share_without_signal(advantages, batch),
+        }
+        return Mixed(reward, valid, advantages, dict(zip(numbers, parts.T, strict=True)), diagnostics)
+
+    def _transform(self, raw: np.ndarray) -> np.ndarray:
+        """Gate, clip and scale, [N, K]. A gate looks at raw values and is shut where the gating component has none."""
+        names = list(self.weights)
+        out = raw.copy()
+        for k, name in enumerate(names):
+            config = self.config.components[name]
+            if config.gate is not None:
+                gating = raw[:, names.index(config.gate.component)]
+                low = -np.inf if config.gate.above is None else config.gate.above
+                high = np.inf if config.gate.below is None else config.gate.below
+                shut = ~((gating >= low) & (gating <= high))
+                out[shut & ~np.isnan(raw[:, k]), k] = config.gate.otherwise
+            if config.clip is not None:
+                out[:, k] = np.clip(out[:, k], *config.clip)
+            out[:, k] *= config.scale
+        return out
+
+    def _sum_then_normalize(
+        self, batch: "_Grouped", weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray, estimator: Estimator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The estimator's advantage of the weighted sum, and the components' parts in it, [N, K] and [N].
+
+        A missing value counts as its component's mean over the group, which centring turns into exactly 0.
+        """
+        parts = batch.centred * weights
+        centred = parts.sum(axis=1)
+        rewards = (batch.means @ weights)[batch.index] + centred
+        # Components that a group lacks altogether add no spread to it, so they have no part in its floor.
+        live = weights * (batch.counts > 0)
+        variance = np.einsum("gk,kl,gl->g", live, baseline, live)
+        floor = self.config.std_floor * np.sqrt(np.maximum(variance, 0.0))
+        advantages = _estimate(estimator, rewards, batch.index, valid, floor[batch.index])
+        # The one factor a group: exact for every estimator linear in the centred reward, whatever it divides by.
+        squares = batch.total(centred**2)
+        factor = np.divide(batch.total(advantages * centred), squares, out=np.zeros_like(squares), where=squares > 0)
+        return parts * factor[batch.index, None], advantages
+
+    def _normalize_then_sum(
+        self, batch: "_Grouped", weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray
+    ) -> np.ndarray:
+        """GDPO (arXiv 2601.05242), the components' parts in it, [N, K].
+
+        Each component is centred and divided in its group, weighted, summed, and the sum divided by its unbiased
+        standard deviation over the batch's sequences. Its mean is 0 already, so nothing is subtracted.
+        """
+        std = np.sqrt(batch.total(batch.centred**2) / np.maximum(batch.counts - 1, 1))
+        floor = self.config.std_floor * np.sqrt(np.diag(baseline))
+        parts = weights * batch.centred / (np.maximum(std, floor) + EPS)[batch.index]
+        spread = parts.sum(axis=1)[valid].std(ddof=1) if valid.sum() > 1 else 0.0
+        return parts / (spread + _EPS_BATCH)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and baseline as JSON has them."""
+        names = list(self.weights)
+        baseline = self._baseline
+        return {
+            "weights": {name: w.model_dump() if isinstance(w, Ramp) else w for name, w in self.weights.items()},
+            "baseline": None
+            if baseline is None
+            else {a: {b: float(baseline[i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `UserError` where the state is of a mixture of other components."""
+        if set(state["weights"]) != set(self.weights):
+            raise UserError(
+                f"the saved mixture has the components {sorted(state['weights'])}, this one {sorted(self.weights)}"
+            )
+        saved = {name: Ramp(**w) if isinstance(w, dict) else w for name, w in state["weights"].items()}
+        self.weights = {name: saved[name] for name in self.weights}
+        baseline = state["baseline"]
+        self._baseline = baseline and np.array([[baseline[a][b] for b in self.weights] for a in self.weights])
+
+
+class _Grouped:
+    """Values [N, K] with NaN for none, their groups numbered from 0, and statistics over the values there are.
+
+    Attributes:
+        index: int [N], the group of a row, below G.
+        present: bool [N, K]; filled: the values with 0 for none.
+        counts, means: [G, K].
+        centred: [N, K], deviation from the group's mean, 0 where there is no value.
+    """
+
+    def __init__(self, values: np.ndarray, groups: np.ndarray) -> None:
+        names, self.index = np.unique(groups, return_inverse=True)
+        self.size = len(names)
+        self.present = ~np.isnan(values)
+        self.filled = np.where(self.present, values, 0.0)
+        self.counts = self.total(self.present)
+        self.means = self.total(self.filled) / np.maximum(self.counts, 1)
+        centred = np.where(self.present, values - self.means[self.index], 0.0)
+        # Equal values may miss their mean by a rounding, which a division by the group's spread would blow up.
+        self.centred = np.where(np.abs(centred) <= _ROUNDING * np.abs(self.filled), 0.0, centred)
+
+    def total(self, rows: np.ndarray) -> np.ndarray:
+        """Sums of [N, ...] by group, [G, ...]."""
+        out = np.zeros((self.size, *rows.shape[1:]))
+        np.add.at(out, self.index, rows)
+        return out
+
+    def covariance(self) -> np.ndarray:
+        """Pooled within-group covariance, [K, K]; positive semi-definite also where components lack values."""
+        freedom = np.sqrt(np.maximum(self.counts - 1, 0).sum(axis=0))
+        freedom[freedom == 0] = np.inf
+        return (self.centred / freedom).T @ (self.centred / freedom)
+
+
+def _estimate(
+    estimator: Estimator, rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, floor: np.ndarray
+) -> np.ndarray:
+    import torch  # here, because reward workers import this package and most need no torch
+
+    return np.asarray(estimator(*map(torch.from_numpy, (rewards, groups, valid, floor))), dtype=np.float64)
+
+
+def _moments(key: str, values: np.ndarray) -> dict[str, float]:
+    there = values[~np.isnan(values)]
+    return {f"{key}/mean": float(there.mean()), f"{key}/std": float(there.std())} if len(there) else {}
+
+
+def _shares(names: list[str], parts: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+    total = float(advantages @ advantages)
+    shares = parts.T @ advantages / total if total > len(advantages) * _NO_SIGNAL**2 else np.zeros(len(names))
+    return {f"share/{name}": float(share) for name, share in zip(names, shares, strict=True)}
+
+
+def _correlations(names: list[str], raw: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    out = {}
+    for i, j in combinations(range(len(names)), 2):
+        both = ~np.isnan(raw[:, [i, j]]).any(axis=1)
+        a, b = _Grouped(raw[both][:, [i, j]], groups[both]).centred.T
+        norm = float(np.sqrt((a @ a) * (b @ b)))
+        out[f"correlation/{names[i]}~{names[j]}"] = float(a @ b) / norm if norm > 0 else 0.0
+    return out
+
+
+def _share_without_signal(advantages: np.ndarray, batch: _Grouped) -> float:
+    largest = np.zeros(batch.size)
+    np.maximum.at(largest, batch.index, np.abs(advantages))
+    return float((largest < _NO_SIGNAL).mean())

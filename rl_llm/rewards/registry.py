@@ -1,0 +1,156 @@
+"""Which reward components there are, and what each of them takes.
+
+A component is a function in batch form with TRL's signature, or a class whose instances are called that way:
+
+    @reward("chrf", range=(0, 1))
+    def chrf(completions, reference, *, word_order=0, **columns) -> list[float | None]: ...
+
+It is called with keywords: `prompts`, `completions`, `completion_ids` and the task's columns. Parameters before the `*`
+are filled from those; keyword-only ones (for a class: those of `__init__`) are arguments, filled from the config alone.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rl_llm.errors import UserError, did_you_mean
+
+RESERVED = ("prompts", "completions", "completion_ids")
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a component takes, by where it comes from.
+
+    Attributes:
+        arguments: filled from the config's `args` only.
+        columns: filled from the task's columns, or from `args` where those name them.
+        inputs: which of `RESERVED` it names.
+        any_column: whether all else is passed too (`**columns`).
+    """
+
+    arguments: dict[str, inspect.Parameter]
+    columns: dict[str, inspect.Parameter]
+    inputs: set[str]
+    any_column: bool
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A component that configs can name.
+
+    Attributes:
+        target: the function or class.
+        range: least and greatest value, higher is better.
+        summary: first line of its documentation.
+        arguments: each argument and its default as written in Python, "required" where it has none.
+        columns: columns of the task it cannot do without.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    range: tuple[float, float]
+    summary: str
+    arguments: dict[str, str]
+    columns: list[str]
+
+
+_registered: dict[str, Registered] = {}
+
+
+def reward(name: str, *, range: tuple[float, float]) -> Callable[[Target], Target]:
+    """Register a function or class as component `name` with values in `range`; the target itself is left as it is.
+
+    Raises:
+        UserError: another component has that name.
+    """
+
+    def register(target: Target) -> Target:
+        other = _registered.get(name)
+        # The same definition run again, as notebooks and reloads do, replaces itself.
+        if other and _origin(other.target) != _origin(target):
+            raise UserError(f"a component {name!r} exists already ({_origin(other.target)}); choose another name")
+        parameters = parameters_of(target)
+        _registered[name] = Registered(
+            name,
+            target,
+            range,
+            summary=(inspect.getdoc(target) or "").partition("\n")[0],
+            arguments={k: "required" if _required(p) else repr(p.default) for k, p in parameters.arguments.items()},
+            columns=[k for k, p in parameters.columns.items() if _required(p)],
+        )
+        return target
+
+    return register
+
+
+def known() -> dict[str, Registered]:
+    """Every registered component by name."""
+    return dict(sorted(_registered.items()))
+
+
+def resolve(use: str) -> Callable[..., Any]:
+    """The function or class that `use` names: a registered component or `package.module:function`.
+
+    Raises:
+        UserError: no such component, module or function.
+    """
+    module, colon, attribute = use.partition(":")
+    if not colon:
+        if use not in _registered:
+            hint = did_you_mean(use, _registered)
+            raise UserError(f"no reward component {use!r}; {hint} A function of your own: package.module:function")
+        return _registered[use].target
+    found = getattr(_import(module, use), attribute, None)
+    if found is None:
+        raise UserError(f"reward {use!r}: module {module!r} has no {attribute!r}")
+    if not callable(found):
+        raise UserError(f"reward {use!r} is {type(found).__name__}, not a function or class")
+    return found
+
+
+def parameters_of(target: Callable[..., Any]) -> Parameters:
+    """The parameters of a component, sorted by where they are filled from."""
+    if inspect.isclass(target):
+        if not any("__call__" in vars(base) for base in target.__mro__):
+            raise UserError(f"reward {_origin(target)} is a class without __call__(self, completions, ...)")
+        arguments = _named(inspect.signature(target))
+        called = list(inspect.signature(target.__call__).parameters.values())[1:]
+        named = _named(inspect.Signature(called))
+    else:
+        called = list(inspect.signature(target).parameters.values())
+        named = _named(inspect.Signature(called))
+        arguments = {k: p for k, p in named.items() if p.kind is p.KEYWORD_ONLY and k not in RESERVED}
+        named = {k: p for k, p in named.items() if k not in arguments}
+    columns = {k: p for k, p in named.items() if k not in RESERVED}
+    return Parameters(arguments, columns, set(named) - set(columns), any(p.kind is p.VAR_KEYWORD for p in called))
+
+
+def _named(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
+    return {name: p for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
+
+
+def _origin(target: Callable[..., Any]) -> str:
+    return f"{target.__module__}:{target.__qualname__}"
+
+
+def _import(module: str, use: str) -> Any:
+    here = os.getcwd()
+    # An installed command does not have the user's folder on the path; nothing but this import should see it.
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise UserError(f"reward {use!r}: cannot import {module!r}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,20 @@
+"""The reward worker: holds a run's components and scores shards with them, one component a request."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from rl_llm.config import ComponentConfig
+from rl_llm.rewards.component import Component, Scores
+
+
+class RewardWorker:
+    """Builds every component in its own process; `functions` are those the Python API was given as they are."""
+
+    def __init__(self, configs: Mapping[str, ComponentConfig], functions: Mapping[str, Callable[..., Any]]) -> None:
+        self._components = {name: Component(name, config, functions.get(name)) for name, config in configs.items()}
+
+    def score(self, name: str, shard: pa.Table, row: int | None = None) -> Scores:
+        """Scores of a shard, or of one row of it."""
+        return self._components[name].score(shard if row is None else shard.slice(row, 1))

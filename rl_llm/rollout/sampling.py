@@ -1,0 +1,122 @@
+"""Drawing the next token: random numbers keyed by sample, exact log-probs, truncation that is accounted for."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_llm.config import RolloutConfig
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `temperature` 0 is greedy (log-probs then are those at temperature 1)."""
+
+    samples_per_prompt: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    min_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, samples: int, temperature: float, seed: int) -> "SamplingParams":
+        """How to sample `samples` completions a prompt under a run's rollout settings."""
+        return cls(
+            samples_per_prompt=samples,
+            temperature=temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_new_tokens=rollout.max_new_tokens,
+            min_new_tokens=rollout.min_new_tokens,
+            stop=tuple(rollout.stop),
+            seed=seed,
+        )
+
+
+def uniforms(seed: int, sample_ids: np.ndarray, length: int) -> Tensor:
+    """float64 [R, length] in [0, 1), a stream per sample from a counter-based generator keyed by (seed, sample_id).
+
+    Which worker draws them, in which batch, makes no difference.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=[seed, int(i)])).random(length) for i in sample_ids]
+    return torch.from_numpy(np.stack(rows))
+
+
+@dataclass
+class Drawn:
+    """tokens int64 [R]; logprobs float32 [R] untruncated; log_kept_mass float32 [R] of what truncation kept."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    log_kept_mass: Tensor
+
+
+def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[int]) -> Drawn:
+    """One token a row.
+
+    Args:
+        logits: float [R, V], modified in place.
+        uniform: float64 [R] in [0, 1); not read where greedy.
+        params: temperature, top_p, top_k.
+        banned: tokens that may not be chosen now (the ends, before the minimum length).
+    """
+    logits = logits.float()
+    if params.temperature > 0:
+        logits /= params.temperature
+    weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
+    total = weights.sum(dim=1, dtype=torch.float64)
+    kept_weights = _truncate(weights, params, banned)
+    if params.temperature > 0:
+        tokens = _inverse_cdf(kept_weights, uniform.to(logits.device))
+    else:
+        tokens = kept_weights.argmax(dim=1)
+    chosen = weights.gather(1, tokens[:, None]).squeeze(1).double()
+    kept = total if kept_weights is weights else kept_weights.sum(dim=1, dtype=torch.float64)
+    return Drawn(tokens, (chosen / total).log().float(), (kept / total).log().float())
+
+
+def _truncate(weights: Tensor, params: SamplingParams, banned: list[int]) -> Tensor:
+    """Weights with everything outside the bans, top_k and top_p set to 0; the same object if nothing is cut."""
+    kept = weights
+    if banned:
+        kept = kept.clone()
+        kept[:, banned] = 0
+    if params.temperature == 0:
+        return kept
+    if 0 < params.top_k < weights.shape[1]:
+        least = kept.topk(params.top_k, dim=1).values[:, -1:]
+        kept = torch.where(kept >= least, kept, 0)
+    if params.top_p < 1:
+        order = kept.sort(dim=1, descending=True, stable=True)
+        mass = order.values.cumsum(dim=1, dtype=torch.float64)
+        # A token stays if those before it have not filled top_p yet: the one that crosses is kept.
+        outside = mass - order.values >= params.top_p * mass[:, -1:]
+        kept = kept.masked_fill(torch.zeros_like(outside).scatter(1, order.indices, outside), 0)
+    return kept
+
+
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Token whose stretch of the cumulated weights holds the uniform: one number a row instead of one a token.
+
+    Cumulates blocks first and then inside the chosen block only, in float64. A token of weight 0 is never chosen.
+    """
+    rows, vocab = weights.shape
+    blocks = torch.nn.functional.pad(weights, (0, -vocab % _BLOCK)).view(rows, -1, _BLOCK)
+    coarse = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    point = _below(uniform * coarse[:, -1], coarse[:, -1])
+    block = torch.searchsorted(coarse, point[:, None], right=True)
+    before = torch.where(block > 0, coarse.gather(1, (block - 1).clamp(min=0)), 0.0).squeeze(1)
+    fine = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)].double().cumsum(dim=1)
+    inner = torch.searchsorted(fine, _below(point - before, fine[:, -1])[:, None], right=True)
+    return (block * _BLOCK + inner).squeeze(1)
+
+
+def _below(point: Tensor, top: Tensor) -> Tensor:
+    """Rounding may put a point on the upper end, behind the last token; keep it within [0, top)."""
+    return torch.minimum(point.clamp(min=0), torch.nextafter(top, torch.zeros_like(top)))

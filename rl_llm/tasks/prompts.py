@@ -1,0 +1,95 @@
+"""From a row's columns to its prompt: a template such as "Summarize: {text}", or a column of messages as it is."""
+
+import json
+import re
+from typing import Any
+
+import pyarrow as pa
+
+from rl_llm.errors import UserError
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+Row = dict[str, Any]
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns a template names; `{{` and `}}` stand for braces."""
+    return [name for name in _PLACEHOLDER.findall(template) if name]
+
+
+class PromptBuilder:
+    """Makes a row's prompt, or says why it has none.
+
+    Args:
+        template: text with {column}; the prompt is conversational where it is one column of messages and no more.
+        types: type of each column that the template names.
+
+    Raises:
+        UserError: a column in the template that holds neither text, numbers nor, alone, messages.
+    """
+
+    def __init__(self, template: str, types: dict[str, pa.DataType]) -> None:
+        self.template = template
+        self.columns = template_columns(template)
+        self.conversational = len(self.columns) == 1 and (
+            template.strip() == f"{{{self.columns[0]}}}" and _is_messages(types[self.columns[0]])
+        )
+        if not self.conversational:
+            for name in self.columns:
+                require_scalar(
+                    f"task.prompt (which may be a column of messages only alone): column {name!r}", types[name]
+                )
+
+    def problem(self, row: Row) -> str:
+        """Why the row has no prompt; empty where it has one."""
+        if self.conversational:
+            return _bad_messages(row[self.columns[0]])
+        # A template whose columns are all blank asks nothing, whatever text stands around them.
+        parts = [as_text(row[name]) for name in self.columns] or [self.template]
+        return "" if any(part.strip() for part in parts) else "empty prompt"
+
+    def prompt(self, row: Row) -> str:
+        """The filled-in template, or the messages as JSON. It depends on the row alone, not on its neighbours."""
+        if self.conversational:
+            # Keys that only other rows have read as null here: they are left out, and the rest is sorted.
+            messages = _without_null(row[self.columns[0]])
+            return json.dumps(messages, ensure_ascii=False, sort_keys=True, default=str)
+        return _PLACEHOLDER.sub(lambda match: as_text(row[match[1]]) if match[1] else match[0][0], self.template)
+
+
+def require_scalar(what: str, kind: pa.DataType) -> None:
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise UserError(f"{what} holds {kind}, but text or numbers are needed; name another column")
+
+
+def as_text(value: Any) -> str:
+    # One fraction in a JSON column turns its whole numbers into floats; 7 must not become 7.0 and change its side.
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value) if whole else value)
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    message = kind.value_type
+    return {"role", "content"} <= {message.field(i).name for i in range(message.num_fields)}
+
+
+def _bad_messages(messages: list[Row | None]) -> str:
+    last: Row = {"role": "", "content": ""}
+    for message in messages:
+        if not message or not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            return "a message needs a role and a content, both text"
+        last = message
+    if not last["content"].strip():
+        return "empty prompt"
+    if last["role"] == "assistant":
+        return "the last message is the assistant's own; a prompt ends before the answer"
+    return ""
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value

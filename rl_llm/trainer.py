@@ -1,0 +1,363 @@
+"""The loop: prompts -> rollouts -> rewards -> mixture -> learner -> weights."""
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rl_llm import checkpoint
+from rl_llm.algorithms import build_algorithm
+from rl_llm.collector import Collected
+from rl_llm.config import RunConfig, value_at
+from rl_llm.console import Console
+from rl_llm.crew import Crew
+from rl_llm.evaluation import Evaluation, Evaluator, Progress, Utility, held_out
+from rl_llm.journal import Journal
+from rl_llm.learner.warm_start import supervised_texts
+from rl_llm.logger import Callback
+from rl_llm.rewards import Mixed, Mixture, RewardFailed, Settled, apply_policy
+from rl_llm.rollout import SamplingParams
+from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
+from rl_llm.tasks import Task
+
+SUPERVISED_VERSION = -1
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop (SIGINT, SIGTERM); its state is saved."""
+
+
+class Trainer:
+    """One run: its workers, its state, and the loop over them.
+
+    Attributes:
+        config, path: the resolved config and the run directory.
+        steps_done: steps behind this run, which is also the version of the weights.
+        mixture: the reward weights; `mixture.set_weight` changes one between two steps.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        path: Path,
+        task: Task,
+        base: str,
+        functions: Mapping[str, Callable[..., Any]],
+        callbacks: Sequence[Callback],
+        console: Console,
+        state: Path | None,
+    ) -> None:
+        """Start the workers and take up the state.
+
+        Args:
+            task: tokenized for the policy.
+            base: folder of the policy before training.
+            functions: reward functions given as they are, by component.
+            state: the checkpoint to go on from; None begins anew.
+        """
+        self.config, self.path, self.task = config, path, task
+        self.algorithm = build_algorithm(config.algorithm)
+        self.mixture = Mixture(config.rewards)
+        self.utility = Utility(utility_weights(config), {})
+        self.progress = Progress()
+        self.before: dict[str, Any] = {}
+        self.steps_done = 0
+        self.tokens_trained = 0
+        components = {**config.rewards.components, **config.evaluation.metrics}
+        self.crew = Crew(config, base, components, functions)
+        if state is not None:
+            self._restore(state)
+        kept = -1 if state is None else self.steps_done
+        self.journal = Journal(path, kept, config.logging.rollouts, console, callbacks)
+        self.evaluator = Evaluator(
+            config.evaluation,
+            SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed),
+            config.rollout.request_rows,
+            components,
+            self.crew,
+            self.utility,
+            self.journal.failure,
+        )
+
+    def fit(self) -> str:
+        """Run to the last step, or until the utility has stopped rising. Returns the status for the summary.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after the step under way; the state is saved.
+            RunFailed: the run cannot go on; the last checkpoint stands.
+        """
+        with _stop_requested(self.journal.console) as asked:
+            self.crew.publish(self.steps_done)
+            for callback in self.journal.callbacks:
+                callback.on_start(self)
+            if not self.before:
+                self._begin()
+            while self.steps_done < self.config.trainer.steps and not self._exhausted and not asked():
+                self.journal.step(self, self.step())
+                if self._due(self.config.evaluation.every):
+                    self._validate()
+                if self._due(self.config.checkpoint.every) or self._exhausted or asked():
+                    self.save()
+            if asked():
+                raise Interrupted
+        return "finished" if self.steps_done >= self.config.trainer.steps else "stopped_early"
+
+    def _due(self, every: int) -> bool:
+        return self.steps_done % every == 0 or self.steps_done == self.config.trainer.steps
+
+    @property
+    def _exhausted(self) -> bool:
+        return self.progress.exhausted(self.config.evaluation.patience)
+
+    def step(self) -> dict[str, Any]:
+        """One step: sample, score, weigh, update, publish. Returns its metrics."""
+        step, clock = self.steps_done, _Clock()
+        rollouts = self._sample(step)
+        clock.lap("rollout")
+        settled = self._settle(rollouts)
+        values = {name: component.values for name, component in settled.items()}
+        mixed = self.mixture.mix(values, rollouts.summary["group"].to_numpy(), step, self.algorithm.advantage)
+        clock.lap("mixture")
+        columns = _columns(settled, mixed)
+        update = self.crew.learner.call("update", columns, step, self.journal.rollout_path(step + 1), *rollouts.shards)
+        clock.lap("learn")
+        self.steps_done += 1
+        self.tokens_trained += int(update["tokens/trained"])
+        self.crew.publish(self.steps_done)
+        clock.lap("publish")
+        return {
+            "step": self.steps_done,
+            **_describe(rollouts, settled, mixed),
+            **update,
+            **self._timed(rollouts, clock),
+        }
+
+    def _sample(self, step: int) -> Collected:
+        """Rollouts of a step with the scores of every reward component."""
+        rollout = self.config.rollout
+        prompts = prompts_of_step(self.task.splits["train"], step, rollout.prompts_per_step, self.config.trainer.seed)
+        temperature = value_at(rollout.temperature, step)
+        params = SamplingParams.of(rollout, rollout.samples_per_prompt, temperature, self.config.trainer.seed)
+        group = step * rollout.prompts_per_step
+        return self.crew.collector.collect(
+            f"step-{step + 1}",
+            prompts,
+            params,
+            rollout.request_rows,
+            (group * rollout.samples_per_prompt, group),
+            self.crew.version,
+            self.crew.weights,
+            list(self.config.rewards.components),
+        )
+
+    def _settle(self, rollouts: Collected) -> dict[str, Settled]:
+        """What each component's failure policy makes of its scores; failures are noted."""
+        prompt_ids = rollouts.summary["prompt_id"].to_numpy()
+        settled = {}
+        for name, config in self.config.rewards.components.items():
+            try:
+                settled[name] = apply_policy(name, config, rollouts.scores[name], prompt_ids, self.steps_done + 1)
+            except RewardFailed as error:
+                for record in error.failures:
+                    self.journal.failure(record)
+                raise
+            for record in settled[name].failures:
+                self.journal.failure(record)
+        return settled
+
+    def _timed(self, rollouts: Collected, clock: "_Clock") -> dict[str, float]:
+        total = clock.total()
+        tokens = int(np.sum(rollouts.summary["length"].to_numpy()))
+        return {
+            "tokens_per_second": tokens / total,
+            "time/step": total,
+            **{f"time/{name}": seconds for name, seconds in clock.laps.items()},
+            **{f"time/reward/{name}": scores.seconds for name, scores in rollouts.scores.items()},
+        }
+
+    # Evaluation, checkpoints and the end of a run.
+
+    def _begin(self) -> None:
+        """Measure the policy before training: the base statistics, the first utility, and the test split."""
+        self._validate()
+        self.before = self.test("before").line["metrics"]
+        self.save()
+
+    def _validate(self) -> None:
+        tune = held_out(self.task.splits["tune"], self.config.evaluation.prompts)
+        evaluation = self.evaluator.evaluate(tune, "tune", "validation", self.steps_done)
+        if self.progress.note(evaluation.line["metrics"]["utility"]["mean"], self.steps_done):
+            with checkpoint.writing(self._best(self.steps_done)) as aside:
+                self.crew.learner.call("save_weights", str(aside / "weights.safetensors"))
+        self.journal.evaluation(self, evaluation.line)
+
+    def test(self, label: str) -> Evaluation:
+        """Evaluate on the test split and note it."""
+        test = held_out(self.task.splits["test"], self.config.evaluation.test_prompts)
+        evaluation = self.evaluator.evaluate(test, "test", label, self.steps_done)
+        self.journal.evaluation(self, evaluation.line)
+        return evaluation
+
+    def _best(self, step: int) -> Path:
+        return self.path / "checkpoints" / "best" / checkpoint.step_name(step)
+
+    def save(self) -> None:
+        """Write a checkpoint and clear away what no checkpoint needs any more."""
+        folder = self.path / "checkpoints" / checkpoint.step_name(self.steps_done)
+        with checkpoint.writing(folder) as aside:
+            self.crew.learner.call("save_state", str(aside))
+            checkpoint.save_state(aside, self._state())
+        checkpoint.prune(self.path / "checkpoints", self.config.checkpoint.keep)
+        self._clear_best()
+        for callback in self.journal.callbacks:
+            callback.on_checkpoint(self, folder)
+
+    def _clear_best(self) -> None:
+        """Drop best policies that no kept checkpoint speaks of; the first policy stays, controls start from it."""
+        kept = (self.path / "checkpoints").glob("step-*")
+        needed = {0, *(checkpoint.load_state(folder)["progress"]["best_step"] for folder in kept)}
+        for folder in (self.path / "checkpoints" / "best").glob("step-*"):
+            if int(folder.name.removeprefix("step-")) not in needed:
+                shutil.rmtree(folder)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "steps_done": self.steps_done,
+            "tokens_trained": self.tokens_trained,
+            "before": self.before,
+            "mixture": self.mixture.state_dict(),
+            "configured_weights": self.config.model_dump(mode="json")["rewards"]["weights"],
+            "utility": asdict(self.utility),
+            "progress": asdict(self.progress),
+        }
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.load_state(folder)
+        self.crew.learner.call("load_state", str(folder))
+        self.steps_done, self.tokens_trained = state["steps_done"], state["tokens_trained"]
+        self.before = state["before"]
+        # Weights given anew on resuming go before those that were live when the checkpoint was made.
+        configured = self.config.model_dump(mode="json")["rewards"]["weights"]
+        live = dict(self.mixture.weights)
+        self.mixture.load_state_dict(state["mixture"])
+        for name, weight in live.items():
+            if configured[name] != state["configured_weights"][name]:
+                self.mixture.set_weight(name, weight)
+        self.utility = Utility(**state["utility"])
+        self.progress = Progress(**state["progress"])
+
+    def export_best(self) -> None:
+        """Put the best policy's weights in place and leave it as `model/`, a folder that `transformers` loads."""
+        best = self.progress.best_step
+        self.crew.learner.call("load_weights", str(self._best(best) / "weights.safetensors"))
+        self.crew.publish(best)
+        with checkpoint.writing(self.path / "model") as aside:
+            self.crew.learner.call("save_model", str(aside))
+
+    def continue_warm_start(self) -> dict[str, Any]:
+        """The control: supervised training from the first policy on as many tokens as the run has trained on.
+
+        Returns test metrics, which are noted as "supervised".
+        """
+        self.crew.learner.call("load_weights", str(self._best(0) / "weights.safetensors"))
+        prompts, targets = supervised_texts(self.task, self.config)
+        self.crew.learner.call("supervise", prompts, targets, self.tokens_trained)
+        self.crew.publish(SUPERVISED_VERSION)
+        return self.test("supervised").line["metrics"]
+
+    def close(self) -> None:
+        self.crew.close()
+        self.journal.close()
+
+
+def utility_weights(config: RunConfig) -> dict[str, float]:
+    """What the utility weighs: as configured, else the initial reward weights and 1 for each extra metric."""
+    if config.evaluation.utility is not None:
+        return dict(config.evaluation.utility)
+    initial = {name: value_at(weight, 0) for name, weight in config.rewards.weights.items()}
+    return {**initial, **dict.fromkeys(config.evaluation.metrics, 1.0)}
+
+
+def prompts_of_step(train: pa.Table, step: int, count: int, seed: int) -> pa.Table:
+    """The `count` prompts of a step (from 0): a walk through one shuffle after another, known from the step alone."""
+    places = np.arange(step * count, (step + 1) * count)
+    rows = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(places // train.num_rows):
+        shuffle = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(train.num_rows)
+        here = places // train.num_rows == epoch
+        rows[here] = shuffle[places[here] % train.num_rows]
+    return train.take(pa.array(rows))
+
+
+def _columns(settled: Mapping[str, Settled], mixed: Mixed) -> pa.Table:
+    """The reward columns of the rollout table."""
+
+    def nullable(values: np.ndarray) -> pa.Array:
+        return pa.array(values.astype(np.float32), mask=np.isnan(values))
+
+    columns: dict[str, pa.Array] = {}
+    for name, component in settled.items():
+        columns[REWARD + name] = nullable(component.values)
+        columns[STATUS + name] = pa.array(component.status, type=pa.string())
+    columns["reward"] = nullable(mixed.reward)
+    columns["advantage"] = pa.array(mixed.advantages.astype(np.float32))
+    return pa.table(columns)
+
+
+def _describe(rollouts: Collected, settled: Mapping[str, Settled], mixed: Mixed) -> dict[str, float]:
+    """A step's metrics that are made of its summary and rewards."""
+    summary = rollouts.summary
+    out = dict(mixed.diagnostics)
+    for name, component in settled.items():
+        status = np.array(component.status)
+        out[f"failures/{name}"] = int((~np.isin(status, (OK, NOT_APPLICABLE))).sum())
+        out[f"not_applicable/{name}"] = int((status == NOT_APPLICABLE).sum())
+    out["completion/length"] = float(summary["length"].to_numpy().mean())
+    out["completion/stopped"] = float(np.mean(summary["finish"].to_numpy(zero_copy_only=False) == "stop"))
+    return out
+
+
+class _Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+@contextmanager
+def _stop_requested(console: Console) -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a question the loop asks between steps; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.message("stopping after this step; once more to stop at once")
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,225 @@
+import io
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import rich.console
+from run_factory import evaluation, make_config
+
+from rl_llm.config import LoggingConfig, RunConfig
+from rl_llm.console import Console, LiveConsole, evaluation_lines, make_console, short, sparkline, step_line
+from rl_llm.errors import UserError
+from rl_llm.logger import Callback, JsonlWriter, MLflow, TensorBoard, WandB, read_jsonl, sinks, to_json
+
+METRICS = {
+    "step": 12,
+    "loss": 0.1,
+    "reward/mean": 0.5131,
+    "reward/std": 0.2,
+    "reward/chrf/mean": 0.62,
+    "reward/chrf/std": 0.1,
+    "reward/length/mean": float("nan"),
+    "completion/length": 18.3,
+    "failures/chrf": 0,
+    "tokens_per_second": 1234.0,
+}
+
+
+@dataclass
+class FakeTrainer:
+    path: Path
+    steps_done: int = 0
+    config: RunConfig = field(default_factory=lambda: make_config({"chrf": 1.0}))
+
+
+def test_json_has_no_nan_and_no_numpy() -> None:
+    line = {"a": float("nan"), "b": [np.float32(0.5), float("-inf")], "c": np.int64(3), "d": np.array([1.0])}
+    assert json.loads(to_json(line)) == {"a": None, "b": [0.5, None], "c": 3, "d": [1.0]}
+
+
+def test_floats_survive_the_file_exactly(tmp_path: Path) -> None:
+    value = 0.1 + 0.2
+    JsonlWriter(tmp_path / "m.jsonl").write({"step": 1, "x": value})
+    assert read_jsonl(tmp_path / "m.jsonl")[0]["x"] == value
+
+
+def test_each_line_is_on_disk_when_written(tmp_path: Path) -> None:
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    writer.write({"step": 1})
+    writer.write({"step": 2, "text": "line\nbreak \u2028 é"})
+    assert [row["step"] for row in read_jsonl(tmp_path / "m.jsonl")] == [1, 2]
+    assert read_jsonl(tmp_path / "m.jsonl")[1]["text"] == "line\nbreak \u2028 é"
+
+
+def test_a_resumed_file_goes_on_after_the_checkpoint_byte_for_byte(tmp_path: Path) -> None:
+    def write(path: Path, steps: range, **how: int) -> None:
+        writer = JsonlWriter(path, **how)
+        for step in steps:
+            writer.write({"step": step, "x": step / 3, "y": float("nan")})
+        writer.close()
+
+    write(tmp_path / "left_alone.jsonl", range(1, 9))
+    write(tmp_path / "killed.jsonl", range(1, 7))
+    with (tmp_path / "killed.jsonl").open("a") as file:
+        file.write('{"step": 7, "x"')
+    write(tmp_path / "killed.jsonl", range(5, 9), last_step=4)
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "left_alone.jsonl").read_bytes()
+
+
+def test_a_new_run_starts_its_files_anew(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"step": 0}\n')
+    JsonlWriter(tmp_path / "m.jsonl").close()
+    assert read_jsonl(tmp_path / "m.jsonl") == []
+
+
+def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
+    for done, steps, value in ((0, range(1, 7), 1.0), (4, range(5, 9), 2.0)):
+        trainer, sink = FakeTrainer(tmp_path, steps_done=done), TensorBoard()
+        sink.on_start(trainer)
+        for step in steps:
+            sink.on_step(trainer, {"step": step, "loss": value, "kl": float("nan")})
+        sink.on_evaluation(trainer, evaluation(steps[-1], "tune", "validation", ["chrf"], 0.5, "text"))
+        sink.on_end(trainer, {"status": "finished"})
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        *((step, 1.0) for step in range(1, 5)),
+        *((step, 2.0) for step in range(5, 9)),
+    ]
+    assert "kl" not in events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("eval/tune/utility")] == [8]
+
+
+def test_sinks_follow_the_config() -> None:
+    assert sinks(LoggingConfig(tensorboard=False)) == []
+    assert [type(sink) for sink in sinks(LoggingConfig())] == [TensorBoard]
+
+
+@pytest.mark.parametrize(("key", "module"), [("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")])
+def test_a_configured_sink_that_is_not_installed_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, key: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"logging\.{key} needs {module}: pip install {module}"):
+        sinks(LoggingConfig(**{key: "mine"}))
+
+
+class Recorder:
+    """Stands for a module or object of W&B or MLflow: notes each call and answers with itself."""
+
+    id = "run-1"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.summary: dict[str, Any] = {}
+        self.info = SimpleNamespace(run_id="run-1")
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> "Recorder":
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+    def named(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+def follow(sink: Callback, trainer: FakeTrainer) -> None:
+    sink.on_start(trainer)
+    sink.on_step(trainer, METRICS)
+    sink.on_evaluation(trainer, evaluation(12, "tune", "validation", ["a~b"], 0.5, "text"))
+    sink.on_end(trainer, {"status": "failed", "reason": "x", "best_step": 1})
+
+
+def test_wandb_logs_numbers_and_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for done in (0, 4):
+        follow(WandB("proj"), FakeTrainer(tmp_path, steps_done=done))
+    assert [kwargs["id"] for _, kwargs in wandb.named("init")] == [None, "run-1"]
+    (logged,), where = wandb.named("log")[0]
+    assert logged["reward/mean"] == 0.5131
+    assert "reward/length/mean" not in logged
+    assert where == {"step": 12}
+    assert wandb.named("finish")[0][1] == {"exit_code": 1}
+
+
+def test_mlflow_logs_numbers_under_names_it_admits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = Recorder()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for done in (0, 4):
+        follow(MLflow("exp"), FakeTrainer(tmp_path, steps_done=done))
+    assert [kwargs["run_id"] for _, kwargs in mlflow.named("start_run")] == [None, "run-1"]
+    assert "eval/tune/a_b" in mlflow.named("log_metrics")[1][0][0]
+    assert mlflow.named("end_run")[0][1] == {"status": "FAILED"}
+
+
+def test_a_plain_step_is_one_line() -> None:
+    assert step_line(METRICS, 100) == "step 12/100  reward 0.513  chrf 0.62  length -  len 18.3  1.23k tok/s"
+    assert step_line(METRICS | {"failures/chrf": 3}, 100).endswith("chrf failed on 3")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.51312, "0.513"), (-0.1, "-0.1"), (18.34, "18.3"), (1234, "1.23k"), (None, "-")]
+)
+def test_numbers_are_short(value: float | None, shown: str) -> None:
+    assert short(value) == shown
+
+
+def test_a_sparkline_spans_its_values() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_samples_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().evaluation(evaluation(3, "tune", "validation", ["chrf"], 0.5, "\x1b[2Jhi\r[bold]x[/bold]\n"))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\r" not in shown
+    assert "hi" in shown
+    assert "[bold]x[/bold]" in shown
+
+
+def test_an_evaluation_shows_intervals_and_samples_with_their_rewards() -> None:
+    lines = evaluation_lines(evaluation(3, "tune", "validation", ["chrf"], 0.5, "text"))
+    assert lines[0] == "validation on tune at step 3"
+    assert "  chrf 0.45  [0.4, 0.5]" in lines
+    assert lines[-1].strip() == "chrf -"
+
+
+def terminal(**how: Any) -> rich.console.Console:
+    return rich.console.Console(file=io.StringIO(), width=100, **how)
+
+
+def test_the_console_is_live_only_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.delenv("RL_LLM_PLAIN", raising=False)
+    assert isinstance(make_console(terminal(force_terminal=True)), LiveConsole)
+    assert not isinstance(make_console(terminal(force_terminal=False)), LiveConsole)
+    assert not isinstance(make_console(terminal(force_terminal=True, force_jupyter=True)), LiveConsole)
+    monkeypatch.setenv("RL_LLM_PLAIN", "1")
+    assert not isinstance(make_console(terminal(force_terminal=True)), LiveConsole)
+
+
+def test_a_debugger_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "gettrace", lambda: print)
+    assert not isinstance(make_console(terminal(force_terminal=True)), LiveConsole)
+
+
+def test_the_live_console_shows_progress_and_metrics_and_closes_twice() -> None:
+    output = terminal(force_terminal=True)
+    console = LiveConsole(output)
+    console.start(["the [plan]"], steps=100, done=10)
+    console.step(METRICS | {"failures/chrf": 2})
+    console.evaluation(evaluation(12, "tune", "validation", ["chrf"], 0.5, "[red]a sample"))
+    console.close()
+    console.close()
+    shown = output.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("the [plan]", "12/100", "chrf", "0.62", "chrf failures", "utility", "[red]a sample"):
+        assert part in shown

@@ -1,0 +1,476 @@
+"""Components: known values, what they accept, and each way they can fail."""
+
+import asyncio
+import itertools
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rl_llm.config import ComponentConfig
+from rl_llm.errors import RunFailed, UserError
+from rl_llm.rewards import (
+    GIVE_UP_AFTER,
+    Component,
+    RewardFailed,
+    Scores,
+    apply_policy,
+    known,
+    resolve,
+    reward,
+)
+from rl_llm.table import mark_conversational
+
+
+def rows(completions, conversational=False, ids=None, **fields):
+    prompts = [json.dumps([{"role": "user", "content": "?"}]) if conversational else "?"] * len(completions)
+    table = pa.table(
+        {
+            "prompt_id": pa.array(range(len(completions)), pa.int64()),
+            "prompt": prompts,
+            "completion": pa.array(completions, pa.string()),
+            "completion_ids": pa.array(ids or [[0]] * len(completions), pa.list_(pa.int32())),
+            **{f"field/{name}": values for name, values in fields.items()},
+        }
+    )
+    return mark_conversational(table) if conversational else table
+
+
+def component(use="mine", fn=None, **settings):
+    return Component("mine", ComponentConfig(use=use, **settings), fn)
+
+
+def values(use, completions, args=None, ids=None, **fields):
+    scores = component(use, args=args or {}).score(rows(completions, ids=ids, **fields))
+    assert scores.errors == []
+    return scores.values
+
+
+def number_of(text):
+    """The reward most tests here use: the text read as a number."""
+    return float(text)
+
+
+# ---- known values
+
+
+@pytest.mark.parametrize(
+    ("use", "best"), [("bleu", 1), ("chrf", 1), ("ter", 0), ("rouge", 1), ("exact_match", 1), ("token_f1", 1)]
+)
+@pytest.mark.parametrize("text", ["two words", "the cat sat on the mat", "一只 猫 坐在 垫子 上"])
+def test_the_reference_itself_scores_best(use, best, text):
+    assert values(use, [text], reference=[text]) == pytest.approx([best])
+    assert values(use, [text], reference=[["another", None, text]]) == pytest.approx([best])
+
+
+@pytest.mark.parametrize("use", ["bleu", "chrf", "ter", "rouge", "exact_match", "token_f1"])
+def test_a_row_without_reference_has_no_value(use):
+    scores = component(use).score(rows(["a", "b c"], reference=[None, "b c"]))
+    assert scores.values[0] is None
+    assert scores.status == ["not_applicable", "ok"]
+
+
+@pytest.mark.parametrize(("use", "worst"), [("bleu", 0), ("chrf", 0), ("ter", -1), ("rouge", 0), ("token_f1", 0)])
+def test_an_empty_completion_scores_worst(use, worst):
+    assert values(use, [""], reference=["some text"]) == [worst]
+
+
+def test_overlap_values():
+    reference = ["the cat sat on the mat"]
+    assert values("ter", ["the cat sat on mat"], reference=reference) == pytest.approx([-1 / 6])
+    assert values("rouge", ["cat the sat"], {"kind": "1"}, reference=reference) == pytest.approx([2 * 3 / 9])
+    assert values("rouge", ["cat the sat"], {"kind": 2}, reference=reference) == [0]
+    assert values("rouge", ["cat the sat"], {"kind": "L"}, reference=reference) == pytest.approx([2 * 2 / 9])
+    (chrf,), (chrf_pp,) = (values("chrf", ["a mat"], {"word_order": n}, reference=reference) for n in (0, 2))
+    assert chrf != chrf_pp
+    (zh,) = values("bleu", ["我喜欢大的红色苹果"], {"tokenize": "zh"}, reference=["我喜欢红色苹果"])
+    assert 0 < zh < 1
+
+
+def test_rouge_reads_any_script():
+    assert values("rouge", ["北京大学", "हिन्दी भाषा"], reference=["北京", "हिन्दी भाषा"]) == pytest.approx(
+        [2 * 2 / 6, 1]
+    )
+
+
+def test_answers_by_the_rules_of_squad():
+    assert values("exact_match", ["The Eiffel Tower!"], reference=["eiffel tower"]) == [1]
+    assert values("exact_match", ["The Eiffel Tower!"], {"normalize": False}, reference=["eiffel tower"]) == [0]
+    assert values("exact_match", ["la tour"], {"language": "fr"}, reference=[["le pont", "la tour"]]) == [1]
+    assert values("exact_match", ["42."], reference=[42]) == [1]
+    assert values("token_f1", ["a red cat"], reference=["the cat"]) == pytest.approx([2 / 3])
+    assert values("token_f1", ["a"], {"language": "fr"}, reference=["b"]) == [0]
+    assert values("token_f1", ["北京大学", "。", "x"], reference=["北京", "", ""]) == pytest.approx([2 / 3, 1, 0])
+
+
+def test_length():
+    texts = ["one two three", "", "a b c d e f"]
+    assert values("length", texts) == [-3, 0, -6]
+    assert values("length", texts, {"unit": "characters"}) == [-13, 0, -11]
+    assert values("length", texts, {"unit": "tokens"}, ids=[[1], [1, 2], []]) == [-1, -2, 0]
+    assert values("length", texts, {"mode": "target", "target": 3}) == [1, 0, 0]
+    assert values("length", texts, {"mode": "target", "target": 3, "tolerance": 6}) == [1, 0.5, 0.5]
+    assert values("length", texts, {"mode": "window", "min": 1, "max": 4, "tolerance": 4}) == [1, 0.75, 0.5]
+    assert values("length", texts, {"mode": "window", "min": 4}) == pytest.approx([0.75, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "args", [{"mode": "target"}, {"target": 3}, {"mode": "window"}, {"mode": "window", "min": 3, "max": 2}]
+)
+def test_length_refuses_settings_that_do_not_go_together(args):
+    with pytest.raises(UserError, match="component 'mine'"):
+        component("length", args=args)
+
+
+def test_vocab():
+    texts = ["a b a b a b", "a b c", "a", ""]
+    assert values("vocab", texts) == [2, 3, 1, 0]
+    assert values("vocab", texts, {"kind": "repetition"}) == pytest.approx([-3 / 5, 0, 0, 0])
+    assert values("vocab", texts, {"kind": "distinct", "n": 1}) == pytest.approx([2 / 6, 1, 1, 0])
+    assert values("vocab", texts, {"kind": "distinct"}) == pytest.approx([2 / 6, 2 / 3, 0, 0])
+
+
+def test_regex():
+    assert values("regex", ["ab1", "1"], {"pattern": r"\d"}) == [1, 1]
+    assert values("regex", ["ab1", "1"], {"pattern": r"\d", "match": "full"}) == [0, 1]
+    assert values("regex", ["ab1", "x"], {"pattern": r"\d", "want": False}) == [0, 1]
+
+
+def test_sentiment():
+    good, bad, neutral = values("sentiment", ["a wonderful, great film", "a terrible, awful film", "a film"])
+    assert bad < neutral == 0 < good
+    assert values("sentiment", ["great " * 50])[0] > 0.99
+
+
+@pytest.mark.parametrize("use", sorted(known()))
+def test_built_ins_read_messages_and_stay_in_their_range(use):
+    args = {"pattern": "cat"} if use == "regex" else {}
+    texts = ["the cat sat, happy", "", "dog " * 30]
+    fields = {
+        "reference": ["the cat sat", ["a cat", "the dog"], "x"],
+        "language": ["?"] * 3,
+        "n": [0] * 3,
+        "kind": [0] * 3,
+    }
+    plain = component(use, args=args).score(rows(texts, **fields_of(fields)))
+    messages = component(use, args=args).score(rows(texts, conversational=True, **fields_of(fields)))
+    assert messages.values == plain.values
+    assert plain.status == ["ok"] * 3
+    low, high = known()[use].range
+    assert all(low <= value <= high for value in plain.values)
+
+
+def fields_of(fields):
+    # Arrow columns have one type: references become lists throughout.
+    lists = [[one] if isinstance(one, str) else one for one in fields["reference"]]
+    return {**fields, "reference": lists}
+
+
+# ---- finding components and binding their arguments
+
+
+def test_known_describes_each_component():
+    info = known()["chrf"]
+    assert (info.range, info.columns) == ((0, 1), ["reference"])
+    assert info.arguments == {"word_order": "0", "lowercase": "False"}
+    assert info.summary.startswith("chrF2")
+    assert known()["regex"].arguments["pattern"] == "required"
+    assert "mode" in known()["length"].arguments
+
+
+def test_reward_registers_and_refuses_a_name_taken():
+    name = "registered_by_a_test"
+
+    @reward(name, range=(0, 1))
+    def mine(completions):
+        return [0.0] * len(completions)
+
+    assert resolve(name) is mine
+    assert reward(name, range=(0, 1))(mine) is mine
+    with pytest.raises(UserError, match=name):
+        reward(name, range=(0, 1))(number_of)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ("chrff", "did you mean 'chrf'"),
+        ("no_such_module_xyz:f", "cannot import 'no_such_module_xyz'"),
+        ("math:no_such_function", "has no 'no_such_function'"),
+        ("math:pi", "not a function"),
+    ],
+)
+def test_resolve_says_what_is_wrong(use, message):
+    with pytest.raises(UserError, match=message):
+        resolve(use)
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_a_test.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    assert component("rewards_of_a_test:f").score(rows(["a"])).values == [1.0]
+    (tmp_path / "broken_of_a_test.py").write_text("import no_such_module_xyz\n")
+    with pytest.raises(UserError, match="No module named 'no_such_module_xyz'"):
+        resolve("broken_of_a_test:f")
+
+
+@pytest.mark.parametrize(
+    ("use", "args", "message"),
+    [
+        ("chrf", {"word_ordr": 2}, "did you mean 'word_order'"),
+        ("chrf", {"word_order": "two"}, r"args.word_order: .*given: 'two'"),
+        ("rouge", {"kind": "3"}, r"args.kind"),
+        ("sentiment", {"x": 1}, "'x'; it takes none"),
+        ("regex", {}, r"needs args.pattern"),
+        ("regex", {"pattern": "("}, r"args.pattern"),
+        ("vocab", {"n": 0}, r"args.n"),
+        ("length", {"mod": "target"}, "did you mean 'mode'"),
+    ],
+)
+def test_arguments_are_checked_when_built(use, args, message):
+    with pytest.raises(UserError, match=message):
+        component(use, args=args)
+
+
+def test_missing_columns_are_named():
+    component("chrf").check_columns(["reference", "x"])
+    component("length").check_columns([])
+    with pytest.raises(
+        UserError, match=r"needs a column 'reference'; map it with task.columns.reference: <one of x, y>"
+    ):
+        component("chrf").check_columns(["y", "x"])
+
+
+def test_only_what_the_signature_accepts_is_passed():
+    seen = {}
+
+    def few(completions, label):
+        seen["few"] = label
+        return [0.0] * len(completions)
+
+    def rest(prompts, limit=3, **columns):
+        seen["rest"] = (prompts, limit, sorted(columns))
+        return [0.0] * len(prompts)
+
+    table = rows(["a"], label=["x"], other=[1])
+    component(fn=few).score(table)
+    component(fn=rest, args={"limit": 5}).score(table)
+    assert seen == {"few": ["x"], "rest": (["?"], 5, ["completion_ids", "completions", "label", "other"])}
+
+
+def test_a_class_is_built_with_its_arguments_and_set_up_once():
+    class Constant:
+        calls = 0
+
+        def __init__(self, label=1.0):
+            self.label = label
+
+        def setup(self):
+            Constant.calls += 1
+
+        def __call__(self, completions, label):
+            return [self.label + one for one in label]
+
+    mine = component(fn=Constant, args={"label": 0.5})
+    assert Constant.calls == 0
+    table = rows(["a", "b"], label=[1, 2])
+    assert mine.score(table).values == mine.score(table).values == [1.5, 2.5]
+    assert Constant.calls == 1
+
+
+def test_a_failing_setup_ends_the_run_by_name():
+    class Broken:
+        def setup(self):
+            raise OSError("no model")
+
+        def __call__(self, completions):
+            return [0.0] * len(completions)
+
+    with pytest.raises(RunFailed, match=r"'mine'.*OSError: no model"):
+        component(fn=Broken).score(rows(["a"]))
+
+
+# ---- TRL's own functions
+
+
+def test_trl_rewards_run_as_they_are():
+    trl = pytest.importorskip("trl.rewards")
+    texts = ["<think>\nwhy\n</think>\nyes", "no thought"]
+    assert component("trl.rewards:think_format_reward").score(rows(texts, conversational=True)).values == [1.0, 0.0]
+    overlong = trl.get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
+    scores = component(fn=overlong).score(rows(texts, ids=[[1] * 90, [1] * 10]))
+    assert scores.values == [-0.5, 0.0]
+
+
+# ---- async
+
+
+async def async_number(completions, **columns):
+    await asyncio.sleep(0)
+    return [number_of(text) for text in completions]
+
+
+def test_async_components_run_with_and_without_a_loop_in_the_thread():
+    mine = component(fn=async_number)
+    table = rows(["1", "2"])
+    assert mine.score(table).values == [1, 2]
+
+    async def notebook():
+        return mine.score(table).values
+
+    assert asyncio.run(notebook()) == [1, 2]
+
+
+def test_an_async_deadline_is_a_timeout_of_the_slow_row_only():
+    async def slow(completions):
+        if "slow" in completions:
+            await asyncio.Event().wait()
+        return [1.0] * len(completions)
+
+    scores = component(fn=slow, timeout_s=0.2).score(rows(["a", "slow", "b"]))
+    assert scores.status == ["ok", "timeout", "ok"]
+    assert scores.values == [1, None, 1]
+    assert scores.errors == ["TimeoutError: no values within 0.2 s"]
+
+
+# ---- failures
+
+
+def test_an_exception_is_pinned_to_its_rows():
+    scores = component(fn=lambda completions: [number_of(text) for text in completions]).score(rows(["1", "x", "3"]))
+    assert scores.values == [1, None, 3]
+    assert scores.status == ["ok", "error", "ok"]
+    assert scores.errors == ["ValueError: could not convert string to float: 'x'"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", [1.0], np.array([1.0])])
+def test_what_is_no_finite_number_is_an_error_of_that_row_alone(bad):
+    calls = []
+
+    def mine(completions):
+        calls.append(list(completions))
+        return [bad if text == "bad" else 1 for text in completions]
+
+    scores = component(fn=mine).score(rows(["a", "bad", "b"]))
+    assert scores.status == ["ok", "error", "ok"]
+    assert scores.values == [1, None, 1]
+    assert calls == [["a", "bad", "b"], ["bad"]]
+
+
+def test_a_wrong_count_is_told_and_mended_row_by_row():
+    scores = component(fn=lambda completions: [0.5] * min(len(completions), 3)).score(rows(["a"] * 8))
+    assert scores.values == [0.5] * 8
+    assert scores.errors == ["returned 3 values for 8 completions"]
+
+
+def test_no_list_is_an_error():
+    assert component(fn=lambda completions: 1.0).score(rows(["a", "b"])).status == ["error", "error"]
+
+
+def test_none_is_no_failure_and_is_not_tried_again():
+    calls = []
+    scores = component(fn=lambda completions: calls.append(1) or [None] * len(completions)).score(rows(["a", "b"]))
+    assert (scores.status, scores.errors, len(calls)) == (["not_applicable"] * 2, [], 1)
+
+
+def test_retries_are_bounded_where_every_row_fails():
+    calls = itertools.count()
+
+    def broken(completions):
+        next(calls)
+        raise RuntimeError("down")
+
+    scores = component(fn=broken).score(rows(["a"] * 50))
+    assert scores.status == ["error"] * 50
+    assert next(calls) == 1 + GIVE_UP_AFTER
+
+
+def test_a_row_sent_by_itself_is_called_once():
+    calls = itertools.count()
+
+    def broken(completions):
+        next(calls)
+        raise RuntimeError("down")
+
+    mine = component(fn=broken)
+    table = rows(["a", "b"])
+    parts = [mine.score(table.slice(row, 1)) for row in range(2)]
+    merged = Scores.merge(parts)
+    assert (merged.status, merged.errors, next(calls)) == (["error"] * 2, ["RuntimeError: down"], 2)
+
+
+def test_an_interrupt_passes_through():
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        component(fn=interrupted).score(rows(["a"]))
+
+
+def test_numpy_and_torch_scalars_are_numbers():
+    torch = pytest.importorskip("torch")
+    table = rows(["a", "b"])
+    assert component(fn=lambda completions: np.float32([0.5, 1])).score(table).values == [0.5, 1]
+    assert component(fn=lambda completions: torch.tensor([0.5, 1])).score(table).values == [0.5, 1]
+    assert component(fn=lambda completions: [True, np.int64(2)]).score(table).values == [1, 2]
+
+
+def test_no_rows_are_no_call():
+    assert component(fn=lambda completions: 1 / 0).score(rows([])).values == []
+
+
+# ---- failure policies
+
+MIXED = Scores(
+    [1.0, None, None, None], ["ok", "not_applicable", "error", "timeout"], 0.1, ["ValueError: x", "TimeoutError: y"]
+)
+
+
+def settle(scores, **settings):
+    return apply_policy("mine", ComponentConfig(use="x", **settings), scores, np.arange(4) // 2, step=7)
+
+
+def test_mask_leaves_no_value():
+    settled = settle(MIXED, max_failure_rate=1)
+    np.testing.assert_array_equal(settled.values, [1, np.nan, np.nan, np.nan])
+    shared = {"step": 7, "component": "mine", "rows": 1, "outcome": "mask", "prompt_ids": [1]}
+    assert settled.failures == [
+        {**shared, "status": "error", "message": "ValueError: x"},
+        {**shared, "status": "timeout", "message": "TimeoutError: y"},
+    ]
+
+
+def test_impute_puts_the_number_and_keeps_the_status():
+    settled = settle(MIXED, on_failure="impute", impute=-1, max_failure_rate=1)
+    np.testing.assert_array_equal(settled.values, [1, np.nan, -1, -1])
+    assert settled.status == MIXED.status
+
+
+def test_raise_ends_the_run_with_name_count_and_message():
+    with pytest.raises(RewardFailed, match=r"'mine' failed on 2 of 3 rows .*ValueError: x") as caught:
+        settle(MIXED, on_failure="raise", max_failure_rate=1)
+    assert [failure["outcome"] for failure in caught.value.failures] == ["raise", "raise"]
+
+
+@pytest.mark.parametrize("policy", [{}, {"on_failure": "impute", "impute": 0}])
+def test_too_many_failures_end_the_run_whatever_the_policy(policy):
+    with pytest.raises(RewardFailed, match=r"max_failure_rate 0\.5"):
+        settle(MIXED, **policy)
+
+
+def test_rows_the_component_does_not_apply_to_do_not_dilute_failures():
+    with pytest.raises(RewardFailed, match="1 of 1 rows"):
+        settle(Scores([None] * 4, ["not_applicable"] * 3 + ["error"], 0.0, ["E: x"]))
+
+
+def test_without_failures_nothing_is_recorded():
+    settled = settle(Scores([1.0, 2.0, None, 3.0], ["ok", "ok", "not_applicable", "ok"], 0.0, []), on_failure="raise")
+    assert settled.failures == []
+
+
+def test_a_lost_batch_is_scored_as_lost():
+    lost = Scores.failed(4, "timeout", "TimeoutError: killed after 60 s")
+    with pytest.raises(RewardFailed, match="killed after 60 s"):
+        settle(lost)

@@ -1,0 +1,394 @@
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl_llm.config import ResourcesConfig
+from rl_llm.errors import RunFailed, UserError
+from rl_llm.workers import Factory, Outcome, Pool, Request, RequestFailed, as_completed, fetch
+
+
+class Clerk:
+    """Does what it is asked. Methods that fail the first time leave a mark in `folder` that outlives the process."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def _first_time(self, name: str) -> bool:
+        assert self.folder is not None
+        try:
+            (self.folder / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def double(self, number: int) -> int:
+        return 2 * number
+
+    def total(self, numbers: list[int]) -> int:
+        return sum(numbers)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def shard(self, number: int) -> tuple[int, list[int]]:
+        return number, list(range(number))
+
+    def fail(self, message: str) -> None:
+        raise LookupError(message)
+
+    def stop(self) -> None:
+        os._exit(1)
+
+    def hang(self) -> None:
+        threading.Event().wait()
+
+    def stop_once(self, name: str, number: int) -> int:
+        if self._first_time(name):
+            os._exit(1)
+        return number
+
+    def hang_once(self, name: str, number: int) -> int:
+        if self._first_time(name):
+            self.hang()
+        return number
+
+    def lose_once(self, name: str, number: int) -> int:
+        from ray.exceptions import OwnerDiedError
+
+        if self._first_time(name):
+            raise OwnerDiedError("0" * 40, b"", "")
+        return number
+
+    def report_and_hang_once(self, pipe: str, number: int) -> int:
+        if self._first_time("reported"):
+            Path(pipe).write_text(str(os.getpid()))
+            self.hang()
+        return number
+
+
+class NeverReady:
+    def __init__(self, how: str) -> None:
+        if how == "raise":
+            raise UserError("no model folder 'x'")
+        if how == "stop":
+            os._exit(1)
+        threading.Event().wait()
+
+
+MakePool = Callable[..., Pool]
+
+
+@pytest.fixture
+def make_pool(ray_session: None) -> Iterator[MakePool]:
+    """Pools of actors that reserve nothing, so that tests do not wait for each other's to go."""
+    pools = []
+
+    def make(size: int, *args: Any, name: str = "clerk", cls: type = Clerk, threads: int = 1, **settings: Any) -> Pool:
+        factory = Factory(cls, args, threads=threads, place=lambda index: {"num_cpus": 0})
+        pools.append(Pool(name, factory, size, **settings))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def request(id: str, method: str, *args: Any, deadline_s: float = 60.0, **settings: Any) -> Request:
+    return Request(id, method, args, deadline_s, **settings)
+
+
+def answers(*pools: Pool) -> dict[str, Outcome]:
+    """Outcomes by request id; fails where a request has more than one."""
+    found: dict[str, Outcome] = {}
+    for _, done, outcome in as_completed(*pools):
+        assert done.id not in found
+        found[done.id] = outcome
+    return found
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_every_request_is_answered_once_whatever_the_number_of_workers(make_pool: MakePool, size: int) -> None:
+    pool = make_pool(size)
+    for number in range(20):
+        pool.submit(request(str(number), "double", number))
+    assert {id: outcome.result() for id, outcome in answers(pool).items()} == {str(n): 2 * n for n in range(20)}
+    assert pool.counters == {"restarts": 0, "retries": 0, "timeouts": 0}
+
+
+def test_deaths_hangs_and_exceptions_lose_and_double_nothing(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(3, tmp_path, retry_timeouts=True)
+    for number in range(12):
+        id = str(number)
+        if number in (1, 4):
+            pool.submit(request(id, "stop_once", id, number))
+        elif number == 6:
+            pool.submit(request(id, "hang_once", id, number, deadline_s=1.0))
+        elif number == 8:
+            pool.submit(request(id, "lose_once", id, number))
+        elif number == 9:
+            pool.submit(request(id, "fail", "no such row"))
+        else:
+            pool.submit(request(id, "double", number))
+    seen = Counter[str]()
+    for _, done, outcome in as_completed(pool):
+        seen[done.id] += 1
+        number = int(done.id)
+        if number == 9:
+            assert outcome.error is not None
+            assert outcome.error.kind == "error"
+        else:
+            assert outcome.result() == (number if number in (1, 4, 6, 8) else 2 * number)
+    assert seen == Counter(str(number) for number in range(12))
+    assert pool.counters == {"restarts": 4, "retries": 4, "timeouts": 1}
+
+
+def test_a_worker_killed_from_outside_in_mid_request(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(2, tmp_path)
+    pool.submit(request("warm", "pid"))
+    answers(pool)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    pool.submit(request("victim", "report_and_hang_once", str(pipe), 7))
+    pool.submit(request("other", "double", 1))
+    os.kill(int(pipe.read_text()), signal.SIGKILL)
+    assert {id: outcome.result() for id, outcome in answers(pool).items()} == {"victim": 7, "other": 2}
+
+
+def test_a_poison_request_is_given_up_by_name_and_the_rest_answered(make_pool: MakePool) -> None:
+    pool = make_pool(2, max_attempts=2)
+    pool.submit(request("step-3/1", "stop", note="prompts 4 to 8"))
+    for number in range(5):
+        pool.submit(request(str(number), "double", number))
+    found = answers(pool)
+    error = found.pop("step-3/1").error
+    assert error is not None
+    assert error.kind == "poison"
+    assert re.search(r"clerk request step-3/1 \(prompts 4 to 8\) brought down 2 worker.*ActorDiedError", str(error))
+    assert {id: outcome.result() for id, outcome in found.items()} == {str(n): 2 * n for n in range(5)}
+
+
+def test_a_missed_deadline_fails_at_once_unless_timeouts_are_retried(make_pool: MakePool) -> None:
+    pools = [make_pool(1, max_attempts=2, retry_timeouts=retry) for retry in (False, True)]
+    for pool in pools:
+        pool.submit(request("slow", "hang", deadline_s=0.5))
+    outcomes = {pool: outcome for pool, _, outcome in as_completed(*pools)}
+    for pool, attempts in zip(pools, (1, 2), strict=True):
+        error = outcomes[pool].error
+        assert error is not None
+        assert error.kind == "timeout"
+        assert "0.5 s" in str(error)
+        assert pool.counters == {"restarts": attempts, "retries": attempts - 1, "timeouts": attempts}
+    assert pools[0].call("double", 4) == 8
+
+
+def test_an_exception_keeps_its_type_message_and_remote_traceback(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.submit(request("a", "fail", "no such word"))
+    outcome = answers(pool)["a"]
+    assert outcome.error is not None
+    assert type(outcome.error.cause) is LookupError
+    assert "raise LookupError(message)" in "".join(outcome.error.cause.__notes__)
+    with pytest.raises(LookupError, match=r"^no such word"):
+        outcome.result()
+    assert pool.counters["restarts"] == 0
+
+
+def test_in_process_exceptions_are_raised_as_they_are_and_the_pool_lives_on() -> None:
+    pool = Pool("clerk", Factory(Clerk), 0)
+    for method in ("fail", "double"):
+        pool.submit(request(method, method, 3))
+    with pytest.raises(LookupError, match="3"):
+        list(as_completed(pool))
+    assert answers(pool)["double"].result() == 6
+
+
+def test_in_process_pool_never_imports_ray() -> None:
+    code = (
+        "import sys; from rl_llm.workers import *; pool = Pool('p', Factory(list), 0);"
+        "assert pool.call('count', 1) == 0; assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_work_passes_from_one_pool_to_another_while_iterating(make_pool: MakePool, sizes: tuple[int, int]) -> None:
+    first, second = make_pool(sizes[0], name="first"), make_pool(sizes[1], name="second")
+    for number in range(6):
+        first.submit(request(str(number), "shard", number, returns=2))
+    totals = {}
+    for pool, done, outcome in as_completed(first, second):
+        if pool is first:
+            assert outcome.result() == int(done.id)
+            second.submit(request(done.id, "total", outcome.shard))
+        else:
+            totals[done.id] = outcome.result()
+    assert totals == {str(n): sum(range(n)) for n in range(6)}
+
+
+def test_the_second_return_stays_in_the_object_store(make_pool: MakePool) -> None:
+    import ray
+
+    pool = make_pool(1)
+    pool.submit(request("a", "shard", 3, returns=2))
+    outcome = answers(pool)["a"]
+    pool.close()
+    assert outcome.value == 3
+    assert isinstance(outcome.shard, ray.ObjectRef)
+    assert fetch([outcome.shard, "plain"]) == [[0, 1, 2], "plain"]
+
+
+def test_cancel_forgets_all_requests_and_leaves_the_pool_usable(make_pool: MakePool) -> None:
+    pool = make_pool(2)
+    for number in range(4):
+        pool.submit(request(str(number), "double", number))
+    next(as_completed(pool))
+    pool.submit(request("stuck", "hang", deadline_s=math.inf))
+    pool.cancel()
+    assert answers(pool) == {}
+    pool.submit(request("after", "double", 5))
+    assert {id: outcome.result() for id, outcome in answers(pool).items()} == {"after": 10}
+
+
+def test_outcomes_left_by_a_loop_that_was_left_come_in_the_next(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    for number in range(3):
+        pool.submit(request(str(number), "double", number))
+    _, first, _ = next(as_completed(pool))
+    assert {first.id, *answers(pool)} == {"0", "1", "2"}
+
+
+def test_a_single_worker_with_a_state_fails_with_its_death(make_pool: MakePool) -> None:
+    pool = make_pool(1, name="learner", max_attempts=1)
+    assert pool.call("double", 4) == 8
+    with pytest.raises(LookupError, match="bad"):
+        pool.call("fail", "bad")
+    with pytest.raises(RequestFailed, match="learner request stop"):
+        pool.call("stop")
+    assert pool.counters["retries"] == 0
+
+
+def test_what_a_constructor_raises_is_raised(make_pool: MakePool) -> None:
+    pool = make_pool(1, "raise", cls=NeverReady)
+    with pytest.raises(UserError, match="no model folder 'x'"):
+        pool.call("anything")
+
+
+@pytest.mark.parametrize(("how", "limit_s", "cause"), [("stop", 60.0, "ActorDiedError"), ("hang", 0.5, "of 0.5 s")])
+def test_a_worker_that_does_not_start_ends_the_run_by_name(
+    make_pool: MakePool, how: str, limit_s: float, cause: str
+) -> None:
+    pool = make_pool(1, how, cls=NeverReady, max_attempts=2, start_timeout_s=limit_s)
+    with pytest.raises(RunFailed, match=f"clerk-0 could not be started, 2 times in a row.*{cause}"):
+        pool.call("anything")
+
+
+def test_workers_have_the_threads_asked_for(make_pool: MakePool) -> None:
+    with closing(make_pool(1, threads=3)) as pool:
+        assert pool.call("variable", "OMP_NUM_THREADS") == "3"
+        assert pool.call("variable", "OMP_WAIT_POLICY") == "PASSIVE"
+
+
+def test_the_watchdog_says_who_waits_for_whom(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    busy, idle = make_pool(1, name="rollout"), make_pool(1, name="reward")
+    for pool in (busy, idle):
+        pool.call("pid")
+    for id in ("step-12/3", "step-12/4"):
+        busy.submit(request(id, "hang", deadline_s=1.0))
+    with caplog.at_level(logging.WARNING, logger="rl_llm.workers"):
+        next(as_completed(busy, idle, watchdog_s=0.3))
+    pattern = (
+        r"nothing finished for \d+ s: rollout-0 \(pid \d+ on [\d.]+\) on step-12/3 for \d of 1 s, attempt 1, "
+        r"1 queued; reward idle"
+    )
+    assert re.search(pattern, caplog.text)
+
+
+def test_a_placement_gives_every_replica_its_bundle_and_takes_all_back(ray_session: None) -> None:
+    import ray
+
+    from rl_llm.cluster import Placement
+
+    resources = ResourcesConfig(num_rollout_workers=2, num_reward_workers=1, num_cpus_per_reward_worker=0.5)
+    placement = Placement(resources)
+    assert placement.bundle("rollout_worker", 1)["num_cpus"] == 1
+    factory = Factory(Clerk, place=lambda index: placement.bundle("reward_worker", index))
+    with closing(Pool("reward", factory, 1)) as pool:
+        assert pool.call("double", 2) == 4
+    placement.remove()
+    again = Placement(ResourcesConfig(num_learners=1, num_cpus_per_learner=ray.cluster_resources()["CPU"]))
+    again.remove()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"num_gpus_per_rollout_worker": 1},
+            r"needs 3 x {CPU: 1, GPU: 1}.*missing GPU: 3\. Lower resources.num_rollout_workers",
+        ),
+        ({"num_cpus_per_rollout_worker": 2}, r"needs 3 x {CPU: 2}, the cluster has 4 CPU .*missing CPU"),
+    ],
+)
+def test_what_cannot_be_placed_is_named(ray_session: None, asked: dict[str, float], message: str) -> None:
+    from rl_llm.cluster import Placement
+
+    with pytest.raises(UserError, match=message):
+        Placement(ResourcesConfig(num_rollout_workers=3, wait_s=1, **asked))
+
+
+def test_connect_uses_the_ray_that_is_there(ray_session: None) -> None:
+    from rl_llm.cluster import connect
+
+    assert not connect(ResourcesConfig(num_rollout_workers=1))
+
+
+def test_connect_joins_a_cluster_by_address(ray_session: None) -> None:
+    import ray
+
+    code = (
+        "import ray; from rl_llm.cluster import connect; from rl_llm.config import ResourcesConfig;"
+        "assert connect(ResourcesConfig()); assert ray.cluster_resources()['CPU'] == 4"
+    )
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "RAY_ADDRESS": address})
+
+
+def test_a_local_ray_makes_room_for_more_actors_than_cores() -> None:
+    code = (
+        "from rl_llm.cluster import connect, Placement; from rl_llm.config import ResourcesConfig; import os;"
+        "many = ResourcesConfig(address='local', num_rollout_workers=os.cpu_count() + 3, wait_s=20);"
+        "assert connect(many); Placement(many)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_address_nobody_answers_at_is_a_line_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from rl_llm.cluster import connect
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"cannot join the Ray cluster at '{address}' .resources.address"):
+            connect(ResourcesConfig(address=address))
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS.*host:port"):
+        connect(ResourcesConfig())
