@@ -15,7 +15,8 @@ from rl_llm.rollout import SamplingParams
 from rl_llm.workers import fetch
 
 RESAMPLES = 2000
-CLIP = 5.0
+TOKENS = "completion/length"
+CLIP = 10.0
 # Evaluation that is not greedy draws from streams that no training sample reaches.
 EVALUATION_IDS = 1 << 62
 
@@ -104,7 +105,7 @@ class Evaluator:
         request_rows: int,
         components: Mapping[str, ComponentConfig],
         crew: Crew,
-        utility: Utility,
+        utility: Utility | None,
         on_failure: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config, self.params, self.request_rows = config, params, request_rows
@@ -112,7 +113,7 @@ class Evaluator:
         self.on_failure = on_failure
 
     def evaluate(self, prompts: pa.Table, split: str, label: str, step: int) -> Evaluation:
-        """Sample and score `prompts`; the first evaluation of all sets the utility's base statistics.
+        """Sample and score `prompts`; the first evaluation of a run sets its utility's base statistics.
 
         Args:
             prompts: [P] rows of a task's split.
@@ -135,10 +136,11 @@ class Evaluator:
             values[metric] = settled.values
             for record in settled.failures:
                 self.on_failure(record)
-        if not self.utility.base:
-            self.utility.measure_base(values)
-        values["utility"] = self.utility.per_prompt(values)
-        values["length"] = found.summary["length"].to_numpy().astype(np.float64)
+        if self.utility is not None:
+            if not self.utility.base:
+                self.utility.measure_base(values)
+            values["utility"] = self.utility.per_prompt(values)
+        values[TOKENS] = found.summary["length"].to_numpy().astype(np.float64)
         line = {
             "step": step,
             "split": split,
@@ -153,7 +155,7 @@ class Evaluator:
             return []
         [shard] = fetch(found.shards[:1])
         rows = shard.slice(0, self.config.samples).select(["prompt", "completion"]).to_pylist()
-        scored = [name for name in values if name != "length"]
+        scored = [name for name in values if name != TOKENS]
         return [
             {**row, "rewards": {name: None if np.isnan(values[name][i]) else float(values[name][i]) for name in scored}}
             for i, row in enumerate(rows)

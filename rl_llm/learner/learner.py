@@ -63,7 +63,7 @@ class Learner:
         chosen = ragged(table["action_mask"])
         engine = ragged(table["logprobs"])
         completions = ragged(table["completion_ids"])
-        advantages = torch.from_numpy(table["advantage"].to_numpy()).float()
+        advantages = torch.tensor(table["advantage"].to_numpy())
         divisor = losses.Divisor(
             tokens=int(sum(mask.sum() for mask in chosen)),
             sequences=table.num_rows,

@@ -95,7 +95,8 @@ def supervised_texts(task: Task, config: RunConfig) -> tuple[list[np.ndarray], l
 def build_scratch(config: ScratchConfig, texts: Iterable[str], folder: str, seed: int) -> None:
     """An untrained GPT-like model and a byte-level byte-pair tokenizer learned from `texts`, saved to `folder`."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # With a space put before every text a word is one token wherever it stands, first in a target or within.
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,

@@ -11,6 +11,12 @@ from rl_llm.rewards.registry import reward
 from rl_llm.rewards.text import ngrams, text_of, words
 
 
+@reward("constant", range=(1, 1))
+def constant(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 for everything: the control with nothing to learn from."""
+    return [1.0] * len(completions)
+
+
 @reward("length", range=(-math.inf, 1))
 class Length:
     """Length of the completion: minus the count (`penalty`), or 1 at a `target` or inside a `window` and less outside.

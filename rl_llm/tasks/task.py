@@ -38,7 +38,7 @@ class Task:
     Attributes:
         name: the file, Hub data set or generator.
         conversational: prompts are lists of messages, for the policy and for rewards.
-        splits: a table for each of "train", "tune" and "test", in the order of the source. Columns: `prompt_id` int64
+        splits: a table for each of "train", "tune" and "test" (or one, "all"), in the order of the source. Columns: `prompt_id` int64
             (the row's place in the source, from 0), `prompt` string (messages as JSON in a conversational task),
             `field/<name>` for each of `fields`, and after `tokenize` `prompt_ids` list<int32>.
         bad_rows: the rows that are in no split, by line.
@@ -148,6 +148,11 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     return _build(source_of(config.data, rows, config.rows or DEFAULT_ROWS), config)
 
 
+def load_prompts(config: TaskConfig) -> Task:
+    """Every row of the data under the one split "all", for predicting; raises as `load_task`."""
+    return _build(read_source(config), config, divide=False)
+
+
 def task_from_rows(rows: Iterable[dict[str, Any]], config: TaskConfig, name: str = "rows") -> Task:
     """A task from rows in memory, dicts or a `datasets.Dataset`; `config.data` is not read.
 
@@ -157,7 +162,7 @@ def task_from_rows(rows: Iterable[dict[str, Any]], config: TaskConfig, name: str
     return _build(rows_in_memory(rows, name, config.rows), config)
 
 
-def _build(source: Source, config: TaskConfig) -> Task:
+def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
     if not source.ordinals:
         found = f"every row is bad; {describe_bad_rows(source.bad_rows)}" if source.bad_rows else "there are no rows"
         raise UserError(f"{source.name}: {found}")
@@ -202,8 +207,10 @@ def _build(source: Source, config: TaskConfig) -> Task:
     )
     if builder.conversational:
         table = mark_conversational(table)
-    splits = {side: table.filter(pa.array([s == side for s in sides])) for side in SIDES}
-    _refuse_empty_side(source.name, splits, config.split)
+    splits = {"all": table}
+    if divide:
+        splits = {side: table.filter(pa.array([s == side for s in sides])) for side in SIDES}
+        _refuse_empty_side(source.name, splits, config.split)
     return Task(source.name, builder.conversational, splits, bad_rows, fields, config, source.lines)
 
 

@@ -1,0 +1,202 @@
+"""The commands. Each reads its arguments, calls one function and prints what it gives."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import rich
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from rl_llm.errors import RunFailed, UserError
+
+app = typer.Typer(
+    help="Reinforcement learning of language models with mixtures of rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+rewards_app = typer.Typer(help="Look at reward components and try them.", no_args_is_help=True)
+app.add_typer(rewards_app, name="rewards")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings such as learner.lr=1e-5", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Argument(help="a packaged recipe or a YAML file", metavar="RECIPE|FILE")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="run directory; default: runs/<recipe>-<time>")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --output")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="check everything, print the config and the plan, start nothing")
+    ] = False,
+) -> None:
+    """Train a policy: warm start where asked, reinforcement learning, controls, report."""
+    from rl_llm.config import load_config
+
+    config = load_config(source, overrides or [])
+    if dry_run:
+        from rl_llm.plan import describe, make_plan
+
+        plan = make_plan(config, {})
+        print(config.to_yaml())
+        print("\n".join(describe(plan)))
+        return
+    if resume and output is None:
+        raise UserError("--resume needs --output, the directory of the run to go on with")
+    from rl_llm.launch import run_training
+    from rl_llm.trainer import Interrupted
+
+    path = output or Path("runs") / f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        run = run_training(config, path, resume=resume)
+    except Interrupted:
+        command = " ".join(["rl-llm train", source, *(overrides or []), f"--output {path}", "--resume"])
+        print(f"stopped and saved in {path}; go on with: {command}")
+        raise typer.Exit(130) from None
+    rich.print(run.table())
+    print(f"run {run.path}  model {run.model}  report {run.path / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run directory or a model", metavar="MODEL|RUN")],
+    overrides: Overrides = None,
+    config: Annotated[
+        str | None, typer.Option(help="recipe or YAML file with task and rewards, for a plain model")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, tune or test")] = "test",
+) -> None:
+    """Measure a policy on held-out prompts, with 95 % intervals."""
+    from rl_llm.config import load_config
+    from rl_llm.inference import config_for
+    from rl_llm.inference import evaluate as run_evaluation
+    from rl_llm.run import ResultTable
+
+    if config is None and not (Path(model) / "config.yaml").is_file():
+        raise UserError(
+            f"{model} is no run, so evaluate needs --config: a recipe or YAML file with its task and rewards"
+        )
+    settings = config_for(model, load_config(config) if config else None, overrides or [])
+    print(ResultTable({split: run_evaluation(settings, split)}))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="a run directory or a model", metavar="MODEL|RUN")],
+    file: Annotated[str, typer.Argument(help="JSONL, CSV or Parquet with the columns of the prompt template")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="JSON lines; default: print them")] = None,
+) -> None:
+    """Write a completion for each row of a file."""
+    from rl_llm.inference import config_for, write_jsonl
+    from rl_llm.inference import predict as run_prediction
+
+    rows = run_prediction(config_for(model, None, overrides or []), file)
+    count = write_jsonl(rows, output or Path("/dev/stdout"))
+    if output:
+        print(f"{count} completions in {output}")
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    weights: Annotated[str, typer.Option(help="other weights, such as chrf=1,length=0.2")],
+) -> None:
+    """Weigh a run's stored rollouts anew: whose advantage would have changed sign, what would have been preferred."""
+    from rl_llm.replay import replay as run_replay
+
+    rich.print(run_replay(run, _weights(weights)))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]) -> None:
+    """Write report.html, one file that works offline."""
+    from rl_llm.run import Run
+
+    print(Run(run).report())
+
+
+@rewards_app.command("list")
+def list_rewards() -> None:
+    """Every component a config can name, with its range, arguments and the columns it needs."""
+    from rl_llm.rewards import known
+
+    table = Table("component", "range", "columns", "arguments", "what it is")
+    for name, entry in known().items():
+        low, high = entry.range
+        arguments = ", ".join(f"{key}={value}" for key, value in entry.arguments.items())
+        cells = (name, f"{low:g} to {high:g}", ", ".join(entry.columns), arguments, entry.summary)
+        table.add_row(*(Text(cell) for cell in cells))
+    rich.print(table)
+
+
+@rewards_app.command("score")
+def score_file(
+    file: Annotated[str, typer.Argument(help="JSONL, CSV or Parquet with completions")],
+    overrides: Overrides = None,
+    use: Annotated[
+        list[str] | None, typer.Option(help="a component or package.module:function; may be repeated")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="recipe or YAML file whose components score")] = None,
+    completion: Annotated[str, typer.Option(help="the column with completions")] = "completion",
+    output: Annotated[Path | None, typer.Option(help="JSON lines with each row's values")] = None,
+) -> None:
+    """Score completions of a file: try a reward before training on it."""
+    from rl_llm.config import build_config, load_config
+    from rl_llm.inference import score, summarise, write_jsonl
+
+    if bool(use) == bool(config):
+        raise UserError("give the components with --use (repeated), or with --config")
+    if config:
+        settings = load_config(config, overrides or [])
+    else:
+        raw = {"rewards": {"components": use}, "policy": {"model": "-"}, "task": {"prompt": f"{{{completion}}}"}}
+        settings = build_config(raw, overrides or [])
+    rows, scores = score(settings, file, completion)
+    if output:
+        values = ({**row, **{name: s.values[i] for name, s in scores.items()}} for i, row in enumerate(rows))
+        print(f"{write_jsonl(values, output)} rows in {output}")
+    table = Table("component", "mean", "std", "not applicable", "failed", "ms a row", "first message")
+    for cells in summarise(scores):
+        table.add_row(*(Text(cell) for cell in cells))
+    rich.print(table)
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights = {}
+    for part in text.split(","):
+        name, sep, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            sep = ""
+        if not sep:
+            raise UserError(f"--weights {text!r}: write it as name=number,name=number")
+    return weights
+
+
+def main() -> None:
+    """Run a command; what the user can mend is one or two lines and exit code 2."""
+    logging.basicConfig(format="%(message)s")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
