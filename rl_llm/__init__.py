@@ -1,1 +1,28 @@
-"""Reinforcement learning of language models with mixtures of rewards."""
+"""Reinforcement learning of language models with mixtures of rewards.
+
+import rl_llm
+
+run = rl_llm.train("path/to/model", "data.jsonl", rewards=["chrf", my_reward], weights={"chrf": 1.0}, steps=50)
+run.table()
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from rl_llm.errors import RunFailed, UserError
+from rl_llm.logger import Callback
+from rl_llm.rewards.registry import reward
+from rl_llm.run import Run, load_run
+
+if TYPE_CHECKING:
+    from rl_llm.api import train
+
+__all__ = ["Callback", "Run", "RunFailed", "UserError", "load_run", "reward", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # Training brings in torch and transformers; reading a run or writing a reward needs neither.
+    if name == "train":
+        from rl_llm.api import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,10 +43,13 @@ def train(
     config = load_config(source, overrides or [])
     if dry_run:
         from rl_llm.plan import describe, make_plan
+        from rl_llm.tasks import describe_bad_rows
 
         plan = make_plan(config, {})
         print(config.to_yaml())
         print("\n".join(describe(plan)))
+        if plan.task.bad_rows:
+            print(describe_bad_rows(plan.task.bad_rows))
         return
     if resume and output is None:
         raise UserError("--resume needs --output, the directory of the run to go on with")

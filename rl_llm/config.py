@@ -137,7 +137,8 @@ class RolloutConfig(Section):
     def _consistent(self) -> "RolloutConfig":
         if self.request_rows % self.samples_per_prompt:
             raise ValueError(
-                f"rows_per_request {self.request_rows} must be a multiple of samples_per_prompt {self.samples_per_prompt}"
+                f"rows_per_request {self.request_rows} must be a multiple of "
+                f"samples_per_prompt {self.samples_per_prompt}"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")

@@ -1,4 +1,4 @@
-"""The workers of a run: learner, rollout and reward pools, in this process or as Ray actors, and the weights between."""
+"""The workers of a run: learner, rollout and reward pools, in this process or as Ray actors."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -89,14 +89,9 @@ class Crew:
             # Once into the object store, from where every worker maps it.
             self.weights = ray.put(self.weights)
 
-    def counters(self) -> dict[str, int]:
-        """Workers replaced and requests sent again so far, for the log."""
-        return {
-            f"workers/{pool.name}/{name}": count
-            for pool in (self.rollouts, self.rewards)
-            for name, count in pool.counters.items()
-            if pool.size
-        }
+    def restarts(self) -> dict[str, int]:
+        """Workers replaced so far, by pool."""
+        return {pool.name: pool.counters["restarts"] for pool in (self.rollouts, self.rewards)}
 
     def close(self) -> None:
         for pool in (self.rollouts, self.rewards, self.learner):

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what to change; commands print it alone and exit with code 2."""
+    """Something the user can mend. The message says what to change; commands print it and exit with code 2."""
 
 
 class RunFailed(Exception):
-    """A run that had started cannot go on. The message names the cause; everything up to the last checkpoint is kept."""
+    """A run that had started cannot go on. The message names the cause; all up to the last checkpoint is kept."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ class Journal:
 
     Args:
         path: the run directory.
-        last_step: what lies behind this step is kept; anything later is dropped, a resumed run writes it again. -1: new.
+        last_step: up to here lines are kept; later ones are dropped, a resumed run writes them again. -1: new.
         keep_rollouts: rollout tables to keep.
     """
 

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ from rl_llm.config import RunConfig, build_config
 from rl_llm.console import Console, make_console
 from rl_llm.errors import RunFailed, UserError
 from rl_llm.learner.warm_start import base_path, build_base, needs_base
-from rl_llm.logger import Callback, sinks
+from rl_llm.logger import Callback, sinks, to_json
 from rl_llm.plan import Plan, describe, make_plan
 from rl_llm.run import Run
-from rl_llm.tasks import Task
+from rl_llm.tasks import Task, describe_bad_rows
 from rl_llm.trainer import Interrupted, Trainer, utility_weights
 
 # What may differ between a run and its resumption: none of it changes what the remaining steps are made of, save
 # weights, which are meant to be changed.
-MAY_CHANGE = ("evaluation.every", "evaluation.patience", "evaluation.samples", "evaluation.controls",
-              "evaluation.test_prompts", "checkpoint", "logging", "resources", "rewards.weights", "trainer.steps")  # fmt: skip
+MAY_CHANGE = (
+    *(f"evaluation.{key}" for key in ("every", "patience", "samples", "controls", "test_prompts")),
+    *("checkpoint", "logging", "resources", "rewards.weights", "trainer.steps"),
+)
 LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
 
 
@@ -83,6 +86,7 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
     base = ensure_base(config, plan.task, console)
     plan.task.tokenize(AutoTokenizer.from_pretrained(base))
     _write_config(config, path)
+    _note_bad_rows(plan.task, path, console)
     trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
     try:
@@ -110,6 +114,7 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
             "best_step": trainer.progress.best_step,
             "before": trainer.before,
             "bad_rows": len(plan.task.bad_rows),
+            "restarts": trainer.crew.restarts(),
             "seconds": time.monotonic() - start,
         }
         _finish(trainer, summary)
@@ -208,6 +213,13 @@ def _refuse_changes(old: RunConfig, new: RunConfig, path: Path) -> None:
             f"{path} was made with another config, so it cannot be resumed with this one: {'; '.join(changed)}. "
             "Take the change back or name another --output"
         )
+
+
+def _note_bad_rows(task: Task, path: Path, console: Console) -> None:
+    rows = [asdict(bad) for bad in task.bad_rows]
+    (path / "bad_rows.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    if rows:
+        console.message(f"bad rows   {describe_bad_rows(task.bad_rows)}; all in {path / 'bad_rows.jsonl'}")
 
 
 def _complete(path: Path, config: RunConfig) -> bool:

@@ -13,7 +13,7 @@ from rl_llm.config import RunConfig
 from rl_llm.errors import UserError
 from rl_llm.learner.warm_start import needs_base, scratch_settings
 from rl_llm.rewards import Component
-from rl_llm.tasks import Task, describe_bad_rows, load_task
+from rl_llm.tasks import Task, load_task
 
 GIB = 2**30
 
@@ -75,6 +75,7 @@ def _parameters(config: RunConfig) -> tuple[int, int]:
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(f"policy.model {policy.model!r} cannot be loaded: {reason}") from None
+    model.tie_weights()  # shared weights count once
     total = sum(p.numel() for p in model.parameters())
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     if policy.trainable == "lora":
@@ -91,21 +92,21 @@ def describe(plan: Plan) -> list[str]:
     config, task = plan.config, plan.task
     total, trainable = plan.parameters
     sides = ", ".join(f"{table.num_rows} {side}" for side, table in task.splits.items())
-    rollout, resources = config.rollout, config.resources
+    rollout = config.rollout
     rows = rollout.prompts_per_step * rollout.samples_per_prompt
     source = config.policy.model or "built from scratch"
     weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.weights.items())
     lines = [
         f"task       {task.name}: {sides} prompts",
-        f"policy     {source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M of them train ({config.policy.trainable})",
+        f"policy     {source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M of them train "
+        f"({config.policy.trainable})",
         f"rewards    {weights} ({config.rewards.combine})",
         f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
-        f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; {config.algorithm.name}, lr {config.learner.lr:g}",
+        f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; "
+        f"{config.algorithm.name}, lr {config.learner.lr:g}",
         *(f"actor      {line}" for line in _actors(config)),
         f"memory     about {memory_estimate(config, plan.parameters) / GIB:.1f} GiB in all processes, Ray's own aside",
     ]
-    if task.bad_rows:
-        lines.append(f"bad rows   {len(task.bad_rows)} skipped: {describe_bad_rows(task.bad_rows)}")
     return lines
 
 

@@ -1,5 +1,6 @@
 """The loop: prompts -> rollouts -> rewards -> mixture -> learner -> weights."""
 
+import math
 import shutil
 import signal
 import threading
@@ -282,7 +283,11 @@ def utility_weights(config: RunConfig) -> dict[str, float]:
     """What the utility weighs: as configured, else the initial reward weights and 1 for each extra metric."""
     if config.evaluation.utility is not None:
         return dict(config.evaluation.utility)
-    initial = {name: value_at(weight, 0) for name, weight in config.rewards.weights.items()}
+    # The utility reads raw values, so a component that is turned round by its scale is turned round here.
+    initial = {
+        name: math.copysign(1.0, config.rewards.components[name].scale) * value_at(weight, 0)
+        for name, weight in config.rewards.weights.items()
+    }
     return {**initial, **dict.fromkeys(config.evaluation.metrics, 1.0)}
 
 
@@ -342,7 +347,7 @@ class _Clock:
 
 @contextmanager
 def _stop_requested(console: Console) -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a question the loop asks between steps; a second one interrupts at once."""
+    """Turns a first SIGINT or SIGTERM into a question the loop asks between steps; a second one interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -57,7 +57,9 @@ class Learner:
         rows = np.flatnonzero(table["reward"].is_valid().to_numpy())
         if len(rows) == 0:
             raise RunFailed(f"step {step + 1}: no row has a reward; see failures.jsonl")
-        return self._update(table.take(pa.array(rows)), step)
+        # Dropout would make the ratio of new to old log-probs differ from 1 by chance.
+        with self.policy.training(dropout=0.0):
+            return self._update(table.take(pa.array(rows)), step)
 
     def _update(self, table: pa.Table, step: int) -> dict[str, float]:
         chosen = ragged(table["action_mask"])
@@ -122,8 +124,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_in_a_row >= self.config.learner.max_bad_steps:
             raise RunFailed(
-                f"step {step + 1}: loss {loss:g} and gradient norm {norm:g}, not finite for {self.bad_in_a_row} steps in a row; "
-                "lower learner.lr or check the rewards' range"
+                f"step {step + 1}: loss {loss:g} and gradient norm {norm:g}, not finite for "
+                f"{self.bad_in_a_row} steps in a row; lower learner.lr or check the rewards' range"
             )
 
     def weights(self) -> tuple[None, np.ndarray]:

@@ -59,8 +59,7 @@ def train_supervised(
     optimizer = build_optimizer(policy.trainable.values(), settings)
     generator = np.random.Generator(np.random.Philox(key=[seed, 1 if whole_text else 2]))
     trained = 0
-    policy.model.train(policy.config.dropout > 0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), policy.training(policy.config.dropout):
         torch.manual_seed(seed)
         for step in range(steps):
             batch = [_draw(examples, generator, whole_text) for _ in range(config.batch_size)]
@@ -78,7 +77,6 @@ def train_supervised(
             trained += count
             if progress:
                 progress(step + 1, steps, loss)
-    policy.model.eval()
     return trained
 
 

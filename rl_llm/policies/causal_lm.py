@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
+from rl_llm.policies.attention import GROUPED
 from rl_llm.policies.groups import GroupBatch
 
 # Logits of this many tokens exist at once; more would not be faster, only larger.
 LOGPROB_CHUNK = 512
-_DROPOUT_NAMES = {"attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"}
 
 
 class CausalLM:
@@ -35,11 +35,8 @@ class CausalLM:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-            settings = AutoConfig.from_pretrained(str(folder))
-            for name in _DROPOUT_NAMES & set(vars(settings)):
-                setattr(settings, name, config.dropout)
             self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(folder), config=settings, dtype=torch.float32, attn_implementation="sdpa"
+                str(folder), dtype=torch.float32, attn_implementation=GROUPED
             )
         except (OSError, ValueError) as error:
             raise UserError(f"policy.model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -75,6 +72,20 @@ class CausalLM:
                     self.model = peft.get_peft_model(self.lm, settings).eval()
                 except ValueError as error:
                     raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
+
+    @contextlib.contextmanager
+    def training(self, dropout: float) -> Iterator[None]:
+        """Train mode, which gradient checkpointing needs, with this dropout; acting is always without."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            elif hasattr(module, "attention_dropout"):
+                module.attention_dropout = dropout  # type: ignore[assignment]
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -147,7 +158,9 @@ class CausalLM:
         return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
 
     def _chunk_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        logits = self._logits(states).float() / temperature
+        logits = self._logits(states).float()
+        if temperature != 1.0:
+            logits = logits / temperature
         return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
     def _logits(self, states: Tensor) -> Tensor:

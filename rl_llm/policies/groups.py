@@ -1,7 +1,7 @@
 """Groups packed for a forward pass: a shared prompt is read once for all its completions.
 
-A row is `[prompt][completion 1]...[completion n]`. A block mask lets each completion see the prompt and itself only, and
-positions restart after the prompt, so every log-prob equals that of the sample alone.
+A row is `[prompt][completion 1]...[completion n]`. A block mask lets each completion see the prompt and itself only,
+and positions restart after the prompt, so every log-prob equals that of the sample alone.
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,6 @@ def header(run: Run) -> str:
     """Name, status with its reason, and the facts of the run."""
     config, summary = run.config, run.summary
     done = summary.get("steps", int(run.metrics["step"].max()) if len(run.metrics) else 0)
-    restarts = run.metrics.filter(like="restarts/").to_numpy()
     facts = {
         "steps": f"{done} of {config.trainer.steps}",
         "best step": summary.get("best_step"),
@@ -74,7 +73,7 @@ def header(run: Run) -> str:
         "samples a step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt}",
         "reward": mixture_formula(run),
         "bad data rows": summary.get("bad_rows"),
-        "worker restarts": int(restarts.sum()) if restarts.size else None,
+        "worker restarts": sum(summary.get("restarts", {}).values()) or None,
     }
     shown = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts.items() if v is not None)
     reason = f'<p class="reason">{text(summary["reason"])}</p>' if summary.get("reason") else ""

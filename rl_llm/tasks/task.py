@@ -38,9 +38,9 @@ class Task:
     Attributes:
         name: the file, Hub data set or generator.
         conversational: prompts are lists of messages, for the policy and for rewards.
-        splits: a table for each of "train", "tune" and "test" (or one, "all"), in the order of the source. Columns: `prompt_id` int64
-            (the row's place in the source, from 0), `prompt` string (messages as JSON in a conversational task),
-            `field/<name>` for each of `fields`, and after `tokenize` `prompt_ids` list<int32>.
+        splits: a table for each of "train", "tune" and "test" (or one, "all"), in the order of the source. Columns:
+            `prompt_id` int64 (the row's place in the source, from 0), `prompt` string (messages as JSON in a
+            conversational task), `field/<name>` for each of `fields`, and after `tokenize` `prompt_ids` list<int32>.
         bad_rows: the rows that are in no split, by line.
         fields: names under which rewards see the data: its columns and the mapped ones.
     """

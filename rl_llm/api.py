@@ -1,0 +1,93 @@
+"""The Python face: one call that trains."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rl_llm.config import build_config, load_config
+from rl_llm.errors import UserError
+from rl_llm.launch import run_training
+from rl_llm.logger import Callback
+from rl_llm.run import Run
+from rl_llm.tasks import task_from_rows
+
+
+def train(
+    model: str | PathLike[str] | None = None,
+    dataset: str | PathLike[str] | Iterable[Mapping[str, Any]] | None = None,
+    rewards: Sequence[str | Callable[..., Any]] | Mapping[str, str | Callable[..., Any]] | None = None,
+    weights: Mapping[str, float] | None = None,
+    *,
+    recipe: str | PathLike[str] | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Run:
+    """Train a policy and return its run. Works in a script and in a notebook cell.
+
+    Args:
+        model: a Hugging Face folder or Hub name; None where the recipe builds one.
+        dataset: a file, "hub:owner/name", "builtin:records", rows (dicts) or a `datasets.Dataset`.
+        rewards: components by id, "package.module:function", or functions with TRL's signature; a mapping names them.
+        weights: lambda by component; 1 where not given.
+        recipe: a packaged recipe or YAML file to start from.
+        output: the run directory; default: runs/<time>.
+        resume: go on with the run in `output`.
+        callbacks: follow the run.
+        settings: any other, sections as mappings: `rollout={"max_new_tokens": 32}`, `trainer={"steps": 50}`;
+            `steps=50` and `seed=1` for short, `learning_rate` for `learner.lr`.
+
+    Raises:
+        UserError: something has to be changed first; nothing was started.
+        RunFailed: the run could not go on.
+    """
+    raw = load_config(Path(recipe)).model_dump(mode="json", by_alias=True) if recipe is not None else {}
+    short = {"steps": ("trainer", "steps"), "seed": ("trainer", "seed"), "learning_rate": ("learner", "lr")}
+    for name in [name for name in settings if name in short]:
+        section, key = short[name]
+        raw.setdefault(section, {})[key] = settings.pop(name)
+    for section, values in settings.items():
+        if isinstance(values, Mapping) and isinstance(raw.get(section, {}), dict):
+            raw.setdefault(section, {}).update(values)
+        else:
+            raw[section] = values
+    if model is not None:
+        raw.setdefault("policy", {})["model"] = str(model)
+    functions: dict[str, Callable[..., Any]] = {}
+    if rewards is not None:
+        raw.setdefault("rewards", {}).update({"components": _components(rewards, functions), "weights": {}})
+    if weights is not None:
+        raw.setdefault("rewards", {})["weights"] = dict(weights)
+    rows = None
+    if isinstance(dataset, str | PathLike):
+        raw.setdefault("task", {})["data"] = str(dataset)
+    elif dataset is not None:
+        rows = dataset
+        raw.setdefault("task", {})["data"] = "rows"
+    config = build_config(raw, where="train()")
+    task = None if rows is None else task_from_rows(map(dict, rows), config.task)
+    path = Path(output) if output is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
+
+
+def _components(rewards: Any, functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    """The config's components; functions among them are put aside under their names."""
+    if not isinstance(rewards, Mapping):
+        named = {}
+        for item in rewards:
+            name = item.rsplit(":", 1)[-1] if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
+            if name in named:
+                raise UserError(f"two rewards are called {name!r}; give a mapping name: reward")
+            named[name] = item
+        rewards = named
+    components: dict[str, Any] = {}
+    for name, item in rewards.items():
+        if callable(item):
+            functions[name] = item
+            components[name] = {"use": f"function:{name}"}
+        else:
+            components[name] = item
+    return components
