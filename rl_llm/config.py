@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rl_llm.errors import UserError, did_you_mean
 
@@ -99,6 +107,13 @@ class PolicyConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where it is native")
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward")
     dropout: float = Field(0.0, ge=0, lt=1, description="for warm start; reinforcement learning runs without")
+
+    @field_validator("model")
+    @classmethod
+    def _whole_path(cls, model: str | None) -> str | None:
+        # Workers look for it too, from wherever they run.
+        folder = Path(model or "").expanduser()
+        return str(folder.absolute()) if model and folder.is_dir() else model
 
 
 class WarmStartConfig(Section):

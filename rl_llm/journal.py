@@ -23,10 +23,10 @@ class Journal:
     ) -> None:
         self.path, self.console, self.callbacks = path, console, callbacks
         self._keep_rollouts = keep_rollouts
+        (path / "rollouts").mkdir(parents=True, exist_ok=True)
         self._metrics = JsonlWriter(path / "metrics.jsonl", last_step)
         self._evaluations = JsonlWriter(path / "eval.jsonl", last_step)
         self._failures = JsonlWriter(path / "failures.jsonl", last_step)
-        (path / "rollouts").mkdir(exist_ok=True)
         for table in self._rollouts():
             if table.stem > step_name(max(last_step, 0)):
                 table.unlink()

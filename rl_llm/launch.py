@@ -85,9 +85,9 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
     console.start(describe(plan), config.trainer.steps, checkpoint.load_state(state)["steps_done"] if state else 0)
     base = ensure_base(config, plan.task, console)
     plan.task.tokenize(AutoTokenizer.from_pretrained(base))
+    trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
     _write_config(config, path)
     _note_bad_rows(plan.task, path, console)
-    trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
     try:
         summary["status"] = trainer.fit()
@@ -232,7 +232,6 @@ def _complete(path: Path, config: RunConfig) -> bool:
 
 
 def _write_config(config: RunConfig, path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     text = config.to_yaml() + yaml.safe_dump({"versions": versions}, sort_keys=False)
     aside = path / ".config.yaml.partial"

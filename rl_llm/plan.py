@@ -52,7 +52,7 @@ def check_model(model: str | None) -> None:
     """Raise `UserError` where a model is given as a folder and that is not there or holds no model."""
     if model is None:
         return
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"policy.model: {model} is no model folder (it has no config.json)")

@@ -64,7 +64,8 @@ class Trainer:
             functions: reward functions given as they are, by component.
             state: the checkpoint to go on from; None begins anew.
         """
-        self.config, self.path, self.task = config, path, task
+        # Learners in other processes write here too, from wherever they run.
+        self.config, self.path, self.task = config, path.absolute(), task
         self.algorithm = build_algorithm(config.algorithm)
         self.mixture = Mixture(config.rewards)
         self.utility = Utility(utility_weights(config), {})
@@ -77,7 +78,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         kept = -1 if state is None else self.steps_done
-        self.journal = Journal(path, kept, config.logging.rollouts, console, callbacks)
+        self.journal = Journal(self.path, kept, config.logging.rollouts, console, callbacks)
         self.evaluator = Evaluator(
             config.evaluation,
             SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed),

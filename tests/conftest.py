@@ -1,6 +1,8 @@
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +24,27 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny policy's folder, a task file to go with it, and an undisturbed run of 6 steps in one process."""
+
+    policy: Path
+    data: Path
+    undisturbed: Path
+
+    def config(self, **sections: Any) -> Any:
+        import tiny
+
+        return tiny.config(self.policy, self.data, **sections)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    made = Tiny(tiny.build_policy(folder), tiny.write_task(folder / "task.jsonl"), folder / "undisturbed")
+    tiny.train(made.config(), made.undisturbed)
+    return made

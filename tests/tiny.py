@@ -1,0 +1,199 @@
+"""A policy, a task and configs so small that a whole run takes seconds; and ways to compare runs."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+
+from rl_llm.config import PolicyConfig, RunConfig, ScratchConfig, WarmStartConfig, build_config
+from rl_llm.console import Console
+from rl_llm.launch import run_training
+from rl_llm.learner.supervised import encode_examples, train_supervised
+from rl_llm.learner.warm_start import build_scratch
+from rl_llm.logger import Callback, read_jsonl
+from rl_llm.policies import CausalLM
+from rl_llm.rollout import SamplingParams
+from rl_llm.run import Run
+
+COLOURS = ("red", "blue", "green", "gold")
+NOISE = ("now", "then", "here", "there", "again", "please")
+SCRATCH = ScratchConfig(layers=2, hidden_size=32, heads=2, vocab_size=300)
+
+
+def rows(count: int = 48) -> list[dict[str, Any]]:
+    """Prompts such as "3 please red", each with the colour it ends with; `id` says on which side a row is."""
+    return [
+        {
+            "id": str(i),
+            "text": f"{i} {NOISE[i // 4 % len(NOISE)]} {COLOURS[i % 4]}",
+            "colour": COLOURS[i % 4],
+            "demonstration": [" ".join(COLOURS[(i + k * turn) % 4] for k in range(1 + turn % 4)) for turn in range(12)],
+        }
+        for i in range(count)
+    ]
+
+
+def write_task(path: Path, count: int = 48) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    return path
+
+
+def build_policy(folder: Path) -> Path:
+    """A randomly initialised model and its tokenizer; it then learns to answer any prompt with a few random colours."""
+    data = rows()
+    texts = [text for row in data for text in (row["text"], *row["demonstration"])]
+    build_scratch(SCRATCH, texts, str(folder / "random"), seed=0)
+    policy = CausalLM(folder / "random", PolicyConfig(precision="fp32"))
+    prompts = [np.array(ids) for ids in policy.tokenizer([row["text"] for row in data])["input_ids"]]
+    examples = encode_examples(policy, prompts, [row["demonstration"] for row in data], max_target_tokens=8)
+    warm = WarmStartConfig(batch_size=16, lr=1e-2, warmup_steps=5)
+    train_supervised(policy, examples, warm, seed=0, steps=60)
+    policy.save_pretrained(folder / "policy")
+    return folder / "policy"
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the sections of `changes` put over it, however deep; a component's spec replaces the other whole."""
+    out = dict(base)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and isinstance(out.get(key), dict) and key != "components"
+        out[key] = merged(out[key], value) if deeper else value
+    return out
+
+
+def settings(policy: Path, data: Path, **sections: Any) -> dict[str, Any]:
+    """A run of 6 steps with 3 requests a step, as a plain mapping; `sections` go over it."""
+    base = {
+        "task": {
+            "data": str(data),
+            "prompt": "{text}",
+            "split": {"by": "id", "tune": 0.2, "test": 0.2},
+        },
+        "policy": {"model": str(policy), "precision": "fp32"},
+        "rollout": {"prompts_per_step": 6, "samples_per_prompt": 4, "rows_per_request": 8, "max_new_tokens": 8},
+        "rewards": {"components": {"match": {"use": "tiny:match"}, "length": {}}, "weights": {"length": 0.1}},
+        "learner": {"lr": 3.0e-3},
+        "evaluation": {"every": 2, "prompts": 6, "test_prompts": 8, "samples": 2},
+        "checkpoint": {"every": 2},
+        "logging": {"tensorboard": False},
+        "trainer": {"steps": 6},
+    }
+    return merged(base, sections)
+
+
+def config(policy: Path, data: Path, **sections: Any) -> RunConfig:
+    return build_config(settings(policy, data, **sections))
+
+
+def train(
+    settings: RunConfig,
+    path: Path,
+    *callbacks: Callback,
+    functions: dict[str, Callable[..., Any]] | None = None,
+    resume: bool = False,
+) -> Run:
+    return run_training(
+        settings, path, resume=resume, functions=functions, callbacks=callbacks, console=Console()
+    )
+
+
+def greedy(tokens: int = 8, **changes: Any) -> SamplingParams:
+    """Sampling parameters, greedy unless `changes` say otherwise."""
+    base: dict[str, Any] = {
+        "samples_per_prompt": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": tokens,
+        "min_new_tokens": 0, "stop": (), "seed": 0,
+    }  # fmt: skip
+    return SamplingParams(**{**base, **changes})
+
+
+def prompt_table(policy: CausalLM, texts: Sequence[str]) -> pa.Table:
+    """Tokenized prompts as an engine takes them."""
+    ids = policy.tokenizer(list(texts))["input_ids"]
+    return pa.table(
+        {
+            "prompt_id": pa.array(range(len(texts)), pa.int64()),
+            "prompt": pa.array(texts, pa.string()),
+            "prompt_ids": pa.array(ids, pa.list_(pa.int32())),
+        }
+    )
+
+
+# Rewards, named in configs as "tiny:match"; the worker processes import this module as the tests do.
+
+
+def match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
+    """The share of words that are the colour asked for."""
+    found = [text.split() for text in completions]
+    return [sum(w == c for w in words) / max(len(words), 1) for words, c in zip(found, colour, strict=True)]
+
+
+def match_dying_once(completions: list[str], colour: list[str], *, mark: str, **columns: Any) -> list[float]:
+    """`match` that brings its process down the first time it scores anything after `mark` has been made."""
+    if Path(mark).exists():
+        Path(mark).unlink()
+        os._exit(1)
+    return match(completions, colour)
+
+
+def match_held(completions: list[str], colour: list[str], *, run: str, step: int, **columns: Any) -> list[float]:
+    """`match` that stops within step `step` of the run directory `run`, says so by a file `held`, and goes on when
+    something is written to the pipe `go` of the directory above it; only once."""
+    folder = Path(run).parent
+    held = folder / "held"
+    if not held.exists() and len(read_jsonl(Path(run) / "metrics.jsonl")) == step - 1:
+        held.touch()
+        (folder / "go").read_bytes()
+    return match(completions, colour)
+
+
+def hanging(completions: list[str], prompts: list[str], *, on: str, **columns: Any) -> list[float]:
+    """1 for everything; never returns where one of the prompts is `on`."""
+    if on in prompts:
+        threading.Event().wait()
+    return [1.0] * len(completions)
+
+
+# Comparing runs.
+
+
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what is measured in seconds."""
+    return {k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"}
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [timeless(line) for line in read_jsonl(path / "metrics.jsonl")]
+
+
+def rollouts(path: Path) -> dict[str, pa.Table]:
+    run = Run(path)
+    return {str(step): run.rollouts(step) for step in run.rollout_steps}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(path: Path, other: Path) -> None:
+    """Everything that two runs left is the same, bit for bit, times aside."""
+    assert metrics(path) == metrics(other)
+    assert read_jsonl(path / "eval.jsonl") == read_jsonl(other / "eval.jsonl")
+    tables, expected = rollouts(path), rollouts(other)
+    assert tables.keys() == expected.keys()
+    for step in expected:
+        assert tables[step].equals(expected[step]), f"rollouts of step {step} differ"
+    assert_same_weights(path / "model", other / "model")
+    assert Run(path).summary["best_step"] == Run(other).summary["best_step"]
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
