@@ -38,7 +38,8 @@ class Journal:
         """Where the rollout table of a step goes, with the oldest one making room; None where none are kept."""
         if self._keep_rollouts == 0:
             return None
-        for old in self._rollouts()[: -self._keep_rollouts]:
+        kept = self._rollouts()
+        for old in kept[: max(len(kept) - self._keep_rollouts + 1, 0)]:
             old.unlink()
         return str(self.path / "rollouts" / f"{step_name(step)}.parquet")
 

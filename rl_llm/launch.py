@@ -224,7 +224,7 @@ def _note_bad_rows(task: Task, path: Path, console: Console) -> None:
 
 def _complete(path: Path, config: RunConfig) -> bool:
     """Whether nothing is left to do: the run ended by itself, at these steps, with every control made."""
-    summary = Run(path).summary
+    summary = Run(path).summary if (path / "config.yaml").is_file() else {}
     ended = summary.get("status") == "stopped_early" or (
         summary.get("status") == "finished" and summary["steps"] >= config.trainer.steps
     )

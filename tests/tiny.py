@@ -59,37 +59,33 @@ def build_policy(folder: Path) -> Path:
     return folder / "policy"
 
 
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the sections of `changes` put over it, however deep; a component's spec replaces the other whole."""
-    out = dict(base)
-    for key, value in changes.items():
-        deeper = isinstance(value, dict) and isinstance(out.get(key), dict) and key != "components"
-        out[key] = merged(out[key], value) if deeper else value
-    return out
-
-
-def settings(policy: Path, data: Path, **sections: Any) -> dict[str, Any]:
-    """A run of 6 steps with 3 requests a step, as a plain mapping; `sections` go over it."""
-    base = {
+def settings(folder: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
+    """A run of 6 steps with 3 requests a step, as a plain mapping; the keys in `sections` go over it."""
+    base: dict[str, dict[str, Any]] = {
         "task": {
             "data": str(data),
             "prompt": "{text}",
             "split": {"by": "id", "tune": 0.2, "test": 0.2},
         },
-        "policy": {"model": str(policy), "precision": "fp32"},
-        "rollout": {"prompts_per_step": 6, "samples_per_prompt": 4, "rows_per_request": 8, "max_new_tokens": 8},
-        "rewards": {"components": {"match": {"use": "tiny:match"}, "length": {}}, "weights": {"length": 0.1}},
-        "learner": {"lr": 3.0e-3},
+        "policy": {"model": str(folder), "precision": "fp32"},
+        "rollout": {"prompts_per_step": 6, "samples_per_prompt": 4, "rows_per_request": 8, "max_new_tokens": 5},
+        "rewards": {
+            "components": {
+                "match": {"use": "tiny:match"},
+                "length": {"args": {"mode": "target", "target": 3}, "scale": 0.2},
+            }
+        },
+        "learner": {"lr": 1.0e-2},
         "evaluation": {"every": 2, "prompts": 6, "test_prompts": 8, "samples": 2},
         "checkpoint": {"every": 2},
         "logging": {"tensorboard": False},
         "trainer": {"steps": 6},
     }
-    return merged(base, sections)
+    return {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
 
 
-def config(policy: Path, data: Path, **sections: Any) -> RunConfig:
-    return build_config(settings(policy, data, **sections))
+def config(folder: Path, data: Path, /, **sections: Any) -> RunConfig:
+    return build_config(settings(folder, data, **sections))
 
 
 def train(

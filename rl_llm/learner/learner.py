@@ -75,8 +75,8 @@ class Learner:
         groups = make_groups(table["group"].to_pylist(), ragged(table["prompt_ids"]), completions, budget)
         rate = learning_rate(self.config.learner, step, self.config.trainer.steps)
         temperature = float(table["temperature"][0].as_py()) or 1.0
-        sums = torch.zeros(4, dtype=torch.float64)
-        loss = 0.0
+        sums = torch.zeros(3, dtype=torch.float64)
+        loss = worst = 0.0
         for part in microbatches(groups, budget):
             batch = pack(part)
             index = batch.rows.tolist()
@@ -89,10 +89,12 @@ class Learner:
             part_loss = losses.aggregate(token_loss, mask, self.algorithm.aggregation, divisor)
             part_loss.backward()
             loss += float(part_loss.detach())
-            sums += _sums(logprobs.detach(), rollout, kl, mask)
+            gap = (logprobs.detach() - rollout).abs()[mask]
+            sums += torch.stack([-logprobs.detach()[mask].sum(), gap.sum(), kl[mask].sum()]).double().cpu()
+            worst = max(worst, float(gap.max()))
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.config.learner.max_grad_norm)
         self._apply(loss, float(norm), rate, step)
-        entropy, mismatch, kl_mean, worst = (sums / sums.new_tensor([divisor.tokens] * 3 + [1])).tolist()
+        entropy, mismatch, kl_mean = (sums / divisor.tokens).tolist()
         metrics = {"loss": loss, "grad_norm": float(norm), "lr": rate, "entropy": entropy, "mismatch": mismatch}
         if self.reference:
             metrics["kl"] = kl_mean
@@ -182,10 +184,3 @@ def _padded(rows: list[np.ndarray], batch: GroupBatch) -> Tensor:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return torch.from_numpy(out)
-
-
-def _sums(logprobs: Tensor, rollout: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
-    """Over chosen tokens: sum of -log p, of |trainer - engine| log-probs, of KL, and the largest mismatch."""
-    gap = (logprobs - rollout).abs()[mask]
-    parts = [-logprobs[mask].sum(), gap.sum(), kl[mask].sum(), gap.max() if len(gap) else gap.sum()]
-    return torch.stack(parts).double().cpu()
