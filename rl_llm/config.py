@@ -6,20 +6,23 @@ A run is described by a YAML file (or a packaged recipe) and dotted overrides su
 
 import importlib.resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from rl_llm.errors import UserError, did_you_mean
+from rl_llm.overrides import NUMBER, RAMP, apply_override, explain, read_yaml
 
 
 class Section(BaseModel):
@@ -37,7 +40,12 @@ class Ramp(Section):
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
 
-Scheduled = float | Ramp
+def _kind(value: Any) -> str:
+    return RAMP if isinstance(value, dict | Ramp) else NUMBER
+
+
+# Told apart by their shape, so that a wrong one is explained as what it was meant to be.
+Scheduled = Annotated[Annotated[float, Tag(NUMBER)] | Annotated[Ramp, Tag(RAMP)], Discriminator(_kind)]
 
 
 def value_at(value: Scheduled, step: int) -> float:
@@ -206,7 +214,15 @@ class ComponentConfig(Section):
 def _components(value: Any) -> Any:
     """Accept `[chrf, pkg.mod:fn]`, `{name: id}`, `{name: {use: id, ...}}` and `{id: {args...}}`."""
     if isinstance(value, list):
-        value = {str(item).rsplit(":", 1)[-1]: item for item in value}
+        named: dict[str, Any] = {}
+        for item in value:
+            if not isinstance(item, str):
+                raise ValueError(f"a list holds ids only, not {item!r}; with settings write name: {{use: id, ...}}")
+            name = item.rsplit(":", 1)[-1]
+            if name in named:
+                raise ValueError(f"two components are called {name!r}; write them as name: id")
+            named[name] = item
+        value = named
     if not isinstance(value, dict):
         return value
     out: dict[str, Any] = {}
@@ -300,7 +316,7 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    rollouts: int = Field(50, ge=0, description="rollout tables to keep, newest first")
+    rollouts: int = Field(200, ge=0, description="rollout tables to keep, newest first")
     tensorboard: bool = True
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
@@ -351,6 +367,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        taken = {"utility", "tokens"} & (set(self.rewards.components) | set(self.evaluation.metrics))
+        if taken:
+            raise ValueError(f"{sorted(taken)} are measured of every policy; give the component another name")
         both = set(self.rewards.components) & set(self.evaluation.metrics)
         if both:
             raise ValueError(
@@ -382,82 +401,40 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         UserError: no such file or recipe, broken YAML, unknown key, wrong type or impossible combination.
     """
-    path = Path(source)
+    path, where = Path(source), str(source)
     if not path.is_file():
         known = recipes()
-        if str(source) not in known:
-            what = "file" if path.suffix or "/" in str(source) else "recipe"
-            raise UserError(f"no {what} {str(source)!r}; recipes: {did_you_mean(str(source), known)}")
-        path = known[str(source)]
+        if where not in known:
+            what = "file" if path.suffix or "/" in where else "recipe"
+            raise UserError(f"no {what} {where!r}; {did_you_mean(where, known)} (recipes: {', '.join(known)})")
+        path, where = known[where], f"recipe {where}"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return build_config(raw, overrides, where=str(path))
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    return build_config(raw, overrides, where=where)
 
 
 def build_config(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "config") -> RunConfig:
     """Validate a plain mapping with dotted overrides applied. Raises `UserError` naming the key to change."""
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected sections such as 'task:' and 'rewards:', found {type(raw).__name__}")
+    _expand_components(raw, where)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override, RunConfig)
+        _expand_components(raw, f"override {override!r}")
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise UserError(f"{where}: " + "\n".join(dict.fromkeys(lines))) from None
+        lines = [explain(dict(problem), overrides, where, RunConfig) for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    path, sep, text = override.partition("=")
-    if not sep or not path:
-        raise UserError(f"override {override!r}: write it as section.key=value")
-    keys = path.split(".")
-    node = raw
-    for depth, key in enumerate(keys[:-1]):
-        child = node.get(key)
-        if isinstance(child, list) and keys[: depth + 1] == ["rewards", "components"]:
-            child = _components(child)
-        elif isinstance(child, str) and keys[:depth] == ["rewards", "components"]:
-            child = {"use": child}
-        elif child is None:
-            child = {}
-        elif not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a section")
-        node[key] = child
-        node = child
-    try:
-        node[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not valid YAML") from None
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    # Unions (a number or a ramp) repeat a problem once a branch; the branch names are no keys of the user's.
-    loc = [str(part) for part in problem["loc"] if part not in ("float", "Ramp", "str", "list[str]")]
-    where = ".".join(loc)
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {did_you_mean(loc[-1], _fields_at(loc[:-1]))}"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    given = problem.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
-    return f"{where}: {message}{shown}" if where else message
-
-
-def _fields_at(loc: list[str]) -> list[str]:
-    """The keys a config section has, found by walking the models along `loc`."""
-    model: Any = RunConfig
-    for key in loc:
-        fields = getattr(model, "model_fields", None)
-        annotation = fields[key].annotation if fields and key in fields else model
-        model = next((m for m in _models_in(annotation)), model)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for arg in get_args(annotation) for m in _models_in(arg)]
+def _expand_components(raw: dict[str, Any], where: str) -> None:
+    """Give components their long form, in place: an override leads into it."""
+    for section, key in (("rewards", "components"), ("evaluation", "metrics")):
+        if isinstance(raw.get(section), dict) and key in raw[section]:
+            try:
+                raw[section][key] = _components(raw[section][key])
+            except ValueError as error:
+                raise UserError(f"{where}: {section}.{key}: {error}") from None

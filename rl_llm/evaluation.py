@@ -10,12 +10,12 @@ import pyarrow as pa
 from rl_llm.collector import Collected
 from rl_llm.config import ComponentConfig, EvaluationConfig
 from rl_llm.crew import Crew
-from rl_llm.rewards import apply_policy
+from rl_llm.rewards import settle
 from rl_llm.rollout import SamplingParams
 from rl_llm.workers import fetch
 
 RESAMPLES = 2000
-TOKENS = "completion/length"
+TOKENS = "tokens"
 CLIP = 10.0
 # Evaluation that is not greedy draws from streams that no training sample reaches.
 EVALUATION_IDS = 1 << 62
@@ -130,12 +130,8 @@ class Evaluator:
             name, prompts, self.params, self.request_rows, first, crew.version, crew.weights, names
         )
         prompt_ids = found.summary["prompt_id"].to_numpy()
-        values = {}
-        for metric, config in self.components.items():
-            settled = apply_policy(metric, config, found.scores[metric], prompt_ids, step)
-            values[metric] = settled.values
-            for record in settled.failures:
-                self.on_failure(record)
+        settled = settle(self.components, found.scores, prompt_ids, step, self.on_failure)
+        values = {metric: component.values for metric, component in settled.items()}
         if self.utility is not None:
             if not self.utility.base:
                 self.utility.measure_base(values)

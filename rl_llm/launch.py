@@ -122,7 +122,8 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
         console.message("control: reinforcement learning with a constant reward")
         control = run_training(constant_reward(config), path / "controls" / "constant_reward", resume=True,
                                functions=plan.functions, console=Console())  # fmt: skip
-        summary["controls"]["constant_reward"] = control.summary["after"]
+        measured = control.summary["after"]
+        summary["controls"]["constant_reward"] = {name: measured[name] for name in summary["after"]}
         trainer.journal.summary(summary)
     return Run(path)
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rl_llm.config import RunConfig
 from rl_llm.errors import UserError
 from rl_llm.learner.warm_start import needs_base, scratch_settings
+from rl_llm.policies import freeze
 from rl_llm.rewards import Component
 from rl_llm.tasks import Task, load_task
 
@@ -49,17 +49,35 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
 
 
 def check_model(model: str | None) -> None:
-    """Raise `UserError` where a model is given as a folder and that is not there or holds no model."""
+    """Raise `UserError` where a model is given that is not there, or that lacks weights or a tokenizer."""
     if model is None:
         return
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"policy.model: {model} is no model folder (it has no config.json)")
+        if not any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
+            raise UserError(f"policy.model: {model} has no weights (*.safetensors or *.bin)")
     elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(
             f"policy.model: there is no folder {model}; give a Hugging Face folder or a Hub name owner/name"
         )
+    load_tokenizer(model)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer. Raises `UserError` where it has none, or one without an end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise UserError(f"policy.model {model!r}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"policy.model {model!r}: its tokenizer has no end-of-text token")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _parameters(config: RunConfig) -> tuple[int, int]:
@@ -70,21 +88,12 @@ def _parameters(config: RunConfig) -> tuple[int, int]:
             model = LlamaForCausalLM(scratch_settings(policy.scratch, policy.scratch.vocab_size, 0))
         else:
             try:
-                settings = AutoConfig.from_pretrained(policy.model)
-                model = AutoModelForCausalLM.from_config(settings)
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy.model))
             except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"policy.model {policy.model!r} cannot be loaded: {reason}") from None
-    model.tie_weights()  # shared weights count once
-    total = sum(p.numel() for p in model.parameters())
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    if policy.trainable == "lora":
-        return total, sum(policy.lora.r * (m.in_features + m.out_features) for m in linear)
-    if policy.trainable == "last_layers":
-        depth = model.config.num_hidden_layers
-        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
-        return total, sum(p.numel() for layer in layers[-policy.last_layers :] for p in layer.parameters())
-    return total, total
+                raise UserError(f"policy.model {policy.model!r} cannot be loaded: {_first_line(error)}") from None
+        model.tie_weights()  # shared weights count once
+        total = sum(p.numel() for p in model.parameters())
+        return total, sum(p.numel() for p in freeze(model, policy).parameters() if p.requires_grad)
 
 
 def describe(plan: Plan) -> list[str]:

@@ -165,7 +165,9 @@ class ResultTable:
         return rows
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(caption=self.caption, caption_justify="left")
+        table = rich.table.Table(
+            caption=self.caption, caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
         header, *rows = self.cells()
         for title in header:
             table.add_column(title, no_wrap=True)
@@ -196,5 +198,9 @@ def _interval(entry: Interval | None) -> str:
     if not entry or entry.get("mean") is None:
         return "-"
     low, high = entry.get("low"), entry.get("high")
-    bounds = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
-    return f"{entry['mean']:.3f}{bounds}"
+    bounds = f" [{_number(low)}, {_number(high)}]" if low is not None and high is not None else ""
+    return f"{_number(entry['mean'])}{bounds}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

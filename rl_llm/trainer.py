@@ -24,7 +24,7 @@ from rl_llm.evaluation import Evaluation, Evaluator, Progress, Utility, held_out
 from rl_llm.journal import Journal
 from rl_llm.learner.warm_start import supervised_texts
 from rl_llm.logger import Callback
-from rl_llm.rewards import Mixed, Mixture, RewardFailed, Settled, apply_policy
+from rl_llm.rewards import Mixed, Mixture, Settled, settle
 from rl_llm.rollout import SamplingParams
 from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
 from rl_llm.tasks import Task
@@ -124,7 +124,8 @@ class Trainer:
         step, clock = self.steps_done, _Clock()
         rollouts = self._sample(step)
         clock.lap("rollout")
-        settled = self._settle(rollouts)
+        prompt_ids = rollouts.summary["prompt_id"].to_numpy()
+        settled = settle(self.config.rewards.components, rollouts.scores, prompt_ids, step + 1, self.journal.failure)
         values = {name: component.values for name, component in settled.items()}
         mixed = self.mixture.mix(values, rollouts.summary["group"].to_numpy(), step, self.algorithm.advantage)
         clock.lap("mixture")
@@ -159,21 +160,6 @@ class Trainer:
             self.crew.weights,
             list(self.config.rewards.components),
         )
-
-    def _settle(self, rollouts: Collected) -> dict[str, Settled]:
-        """What each component's failure policy makes of its scores; failures are noted."""
-        prompt_ids = rollouts.summary["prompt_id"].to_numpy()
-        settled = {}
-        for name, config in self.config.rewards.components.items():
-            try:
-                settled[name] = apply_policy(name, config, rollouts.scores[name], prompt_ids, self.steps_done + 1)
-            except RewardFailed as error:
-                for record in error.failures:
-                    self.journal.failure(record)
-                raise
-            for record in settled[name].failures:
-                self.journal.failure(record)
-        return settled
 
     def _timed(self, rollouts: Collected, clock: "_Clock") -> dict[str, float]:
         total = clock.total()

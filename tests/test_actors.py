@@ -33,7 +33,7 @@ def test_actors_leave_the_run_of_one_process(
 
 
 class Kill(Callback):
-    """Brings workers down: a rollout worker on request step-2/0, an idle one after step 3, a reward worker in step 4."""
+    """Brings workers down: a rollout worker on request step-2/0, an idle one after step 3, a reward worker after that."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -70,7 +70,7 @@ def pid(pool: Any, seat: int) -> int:
 def test_killed_actors_change_no_number(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
     kill = Kill(tmp_path / "mark")
     components = {
-        "match": {"use": "tiny:match_dying_once", "args": {"mark": str(kill.mark)}},
+        "match": {"use": "tiny_rewards:match_dying_once", "args": {"mark": str(kill.mark)}},
         "length": {"args": {"mode": "target", "target": 3}, "scale": 0.2},
     }
     config = tiny_run.config(**resources(rollout_workers=2, reward_workers=1), rewards={"components": components})
@@ -85,8 +85,8 @@ def test_killed_actors_change_no_number(tiny_run: Tiny, ray_session: None, tmp_p
 def test_hanging_reward_is_masked_row_by_row(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
     first = Run(tiny_run.undisturbed).rollouts(1)["prompt"][0].as_py()
     components = {
-        "match": {"use": "tiny:match"},
-        "slow": {"use": "tiny:hanging", "args": {"on": first}, "timeout_s": 1.5},
+        "match": {"use": "tiny_rewards:match"},
+        "slow": {"use": "tiny_rewards:hanging", "args": {"on": first}, "timeout_s": 1.5},
     }
     config = tiny_run.config(
         **resources(reward_workers=1),
@@ -110,9 +110,7 @@ def test_hanging_reward_is_masked_row_by_row(tiny_run: Tiny, ray_session: None, 
     assert run.status == "finished"
 
 
-def test_function_given_in_python_scores_in_a_reward_worker(
-    tiny_run: Tiny, ray_session: None, tmp_path: Path
-) -> None:
+def test_function_given_in_python_scores_in_a_reward_worker(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
     here = os.getpid()
 
     def elsewhere(completions: list[str], **columns: Any) -> list[float]:

@@ -1,7 +1,5 @@
 """The engine: what it draws, what it says of it, and that it is the model's own distribution."""
 
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -175,7 +173,9 @@ def test_ends_of_the_unit_interval_draw_the_first_and_the_last_token_there_is() 
     assert draw(scores, ends, tiny.greedy(temperature=1.0), []).tokens.tolist() == [10, 519]
 
 
-@pytest.mark.parametrize(("top_p", "top_k", "banned"), [(0.7, 0, []), (1.0, 7, []), (0.9, 12, []), (1.0, 0, [3, 4]), (0.8, 9, [0])])
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "banned"), [(0.7, 0, []), (1.0, 7, []), (0.9, 12, []), (1.0, 0, [3, 4]), (0.8, 9, [0])]
+)
 def test_kept_mass_makes_truncated_logprobs_sum_to_one(top_p: float, top_k: int, banned: list[int]) -> None:
     count, vocab = 5000, 40
     scores = logits(1, vocab)

@@ -51,7 +51,9 @@ class Spy(Learner):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def gradients(tiny_run: Tiny, *shards: pa.Table, missing: list[int] | None = None, **sections: Any) -> tuple[dict, dict]:
+def gradients(
+    tiny_run: Tiny, *shards: pa.Table, missing: list[int] | None = None, **sections: Any
+) -> tuple[dict, dict]:
     """Gradients and metrics of one update of the base policy."""
     learner = Spy(tiny_run.config(**sections), str(tiny_run.policy))
     if learner.reference is not None:  # away from it, or the KL has no gradient
@@ -128,9 +130,7 @@ def test_gradient_is_that_of_the_formula_over_samples_alone(tiny_run: Tiny, shar
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_packed_logprobs_are_those_of_each_sample_alone(
-    policy: CausalLM, shard: pa.Table, temperature: float
-) -> None:
+def test_packed_logprobs_are_those_of_each_sample_alone(policy: CausalLM, shard: pa.Table, temperature: float) -> None:
     prompts = [np.array(ids) for ids in shard["prompt_ids"].to_pylist()]
     completions = [np.array(ids) for ids in shard["completion_ids"].to_pylist()]
     parts = microbatches(make_groups(shard["group"].to_pylist(), prompts, completions, 60), 60)

@@ -73,7 +73,7 @@ class Command:
     def __init__(self, tiny_run: Tiny, folder: Path, **sections: Any) -> None:
         self.folder, self.path, self.config_file = folder, folder / "run", folder / "config.yaml"
         components = {
-            "match": {"use": "tiny:match_held", "args": {"run": str(self.path), "step": 4}},
+            "match": {"use": "tiny_rewards:match_held", "args": {"run": str(self.path), "step": 4}},
             "length": {"args": {"mode": "target", "target": 3}, "scale": 0.2},
         }
         self.config = tiny_run.config(rewards={"components": components}, **sections)
@@ -118,9 +118,7 @@ def test_killed_command_with_actors_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_command_saves_and_leaves_in_order(
-    tiny_run: Tiny, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_interrupted_command_saves_and_leaves_in_order(tiny_run: Tiny, tmp_path: Path, number: signal.Signals) -> None:
     command = Command(tiny_run, tmp_path)
     command.process.send_signal(number)
     shown = command.go_on()
@@ -172,9 +170,7 @@ def test_run_without_a_whole_checkpoint_begins_anew(tiny_run: Tiny, tmp_path: Pa
 
 
 def test_checkpoints_and_rollout_tables_are_kept_as_many_as_configured(tiny_run: Tiny, tmp_path: Path) -> None:
-    run = tiny.train(
-        tiny_run.config(checkpoint={"every": 1, "keep": 3}, logging={"rollouts": 2}), tmp_path / "run"
-    )
+    run = tiny.train(tiny_run.config(checkpoint={"every": 1, "keep": 3}, logging={"rollouts": 2}), tmp_path / "run")
     assert run.rollout_steps == [5, 6]
     kept = sorted(folder.name for folder in (run.path / "checkpoints").glob("step-*"))
     assert kept == ["step-000004", "step-000005", "step-000006"]
@@ -256,7 +252,12 @@ def test_failures_of_repeated_steps_are_written_once(tiny_run: Tiny, tmp_path: P
         return [float("nan") if "blue" in text else 1.0 for text in completions]
 
     config = tiny_run.config(
-        rewards={"components": {"match": {"use": "tiny:match"}, "shaky": {"use": "function:shaky", "max_failure_rate": 1}}}
+        rewards={
+            "components": {
+                "match": {"use": "tiny_rewards:match"},
+                "shaky": {"use": "function:shaky", "max_failure_rate": 1},
+            }
+        }
     )
     functions = {"shaky": shaky}
     tiny.train(config, tmp_path / "whole", functions=functions)

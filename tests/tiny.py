@@ -1,8 +1,6 @@
 """A policy, a task and configs so small that a whole run takes seconds; and ways to compare runs."""
 
 import json
-import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +69,7 @@ def settings(folder: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
         "rollout": {"prompts_per_step": 6, "samples_per_prompt": 4, "rows_per_request": 8, "max_new_tokens": 5},
         "rewards": {
             "components": {
-                "match": {"use": "tiny:match"},
+                "match": {"use": "tiny_rewards:match"},
                 "length": {"args": {"mode": "target", "target": 3}, "scale": 0.2},
             }
         },
@@ -95,9 +93,7 @@ def train(
     functions: dict[str, Callable[..., Any]] | None = None,
     resume: bool = False,
 ) -> Run:
-    return run_training(
-        settings, path, resume=resume, functions=functions, callbacks=callbacks, console=Console()
-    )
+    return run_training(settings, path, resume=resume, functions=functions, callbacks=callbacks, console=Console())
 
 
 def greedy(tokens: int = 8, **changes: Any) -> SamplingParams:
@@ -119,41 +115,6 @@ def prompt_table(policy: CausalLM, texts: Sequence[str]) -> pa.Table:
             "prompt_ids": pa.array(ids, pa.list_(pa.int32())),
         }
     )
-
-
-# Rewards, named in configs as "tiny:match"; the worker processes import this module as the tests do.
-
-
-def match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
-    """The share of words that are the colour asked for."""
-    found = [text.split() for text in completions]
-    return [sum(w == c for w in words) / max(len(words), 1) for words, c in zip(found, colour, strict=True)]
-
-
-def match_dying_once(completions: list[str], colour: list[str], *, mark: str, **columns: Any) -> list[float]:
-    """`match` that brings its process down the first time it scores anything after `mark` has been made."""
-    if Path(mark).exists():
-        Path(mark).unlink()
-        os._exit(1)
-    return match(completions, colour)
-
-
-def match_held(completions: list[str], colour: list[str], *, run: str, step: int, **columns: Any) -> list[float]:
-    """`match` that stops within step `step` of the run directory `run`, says so by a file `held`, and goes on when
-    something is written to the pipe `go` of the directory above it; only once."""
-    folder = Path(run).parent
-    held = folder / "held"
-    if not held.exists() and len(read_jsonl(Path(run) / "metrics.jsonl")) == step - 1:
-        held.touch()
-        (folder / "go").read_bytes()
-    return match(completions, colour)
-
-
-def hanging(completions: list[str], prompts: list[str], *, on: str, **columns: Any) -> list[float]:
-    """1 for everything; never returns where one of the prompts is `on`."""
-    if on in prompts:
-        threading.Event().wait()
-    return [1.0] * len(completions)
 
 
 # Comparing runs.

@@ -76,7 +76,8 @@ class Learner:
         rate = learning_rate(self.config.learner, step, self.config.trainer.steps)
         temperature = float(table["temperature"][0].as_py()) or 1.0
         sums = torch.zeros(3, dtype=torch.float64)
-        loss = worst = 0.0
+        worst = torch.zeros(())
+        loss = 0.0
         for part in microbatches(groups, budget):
             batch = pack(part)
             index = batch.rows.tolist()
@@ -91,14 +92,14 @@ class Learner:
             loss += float(part_loss.detach())
             gap = (logprobs.detach() - rollout).abs()[mask]
             sums += torch.stack([-logprobs.detach()[mask].sum(), gap.sum(), kl[mask].sum()]).double().cpu()
-            worst = max(worst, float(gap.max()))
+            worst = torch.maximum(worst, gap.max().cpu())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.config.learner.max_grad_norm)
         self._apply(loss, float(norm), rate, step)
         entropy, mismatch, kl_mean = (sums / divisor.tokens).tolist()
         metrics = {"loss": loss, "grad_norm": float(norm), "lr": rate, "entropy": entropy, "mismatch": mismatch}
         if self.reference:
             metrics["kl"] = kl_mean
-        return {**metrics, "mismatch/max": worst, "bad_steps": self.bad_steps, "tokens/trained": divisor.tokens}
+        return {**metrics, "mismatch/max": float(worst), "bad_steps": self.bad_steps, "tokens/trained": divisor.tokens}
 
     def _token_loss(
         self, batch: GroupBatch, logprobs: Tensor, advantages: Tensor, temperature: float

@@ -1,5 +1,5 @@
 """What acts: language models as policies."""
 
-from rl_llm.policies.causal_lm import CausalLM
+from rl_llm.policies.causal_lm import CausalLM, freeze
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "freeze"]

@@ -21,6 +21,36 @@ from rl_llm.policies.groups import GroupBatch
 LOGPROB_CHUNK = 512
 
 
+def freeze(lm: PreTrainedModel, config: PolicyConfig) -> nn.Module:
+    """Leave only what `config.trainable` says requiring gradients; returns the model, wrapped by `peft` for an adapter.
+
+    Raises:
+        UserError: the model has fewer layers, or nothing that an adapter could be put on.
+    """
+    model: nn.Module = lm
+    if config.trainable == "last_layers":
+        lm.requires_grad_(False)
+        depth = lm.config.num_hidden_layers
+        if config.last_layers > depth:
+            raise UserError(f"policy.last_layers {config.last_layers}: the model has {depth} layers")
+        layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        for layer in layers[-config.last_layers :]:
+            layer.requires_grad_(True)
+    elif config.trainable == "lora":
+        import peft
+
+        lora = config.lora
+        settings = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+        # The adapter's random half must not differ between the processes of a run.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                model = peft.get_peft_model(lm, settings).eval()
+            except ValueError as error:
+                raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
+    return model
+
+
 class CausalLM:
     """A Hugging Face causal LM with fp32 weights, its tokenizer, and what of it trains.
 
@@ -43,35 +73,11 @@ class CausalLM:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"policy.model {str(folder)!r}: its tokenizer has no end-of-text token")
         self.lm.to(self.device).eval()
-        self.model: nn.Module = self.lm
-        self._freeze()
+        self.model = freeze(self.lm, config)
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if config.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.autocast_dtype = torch.bfloat16 if wants_bf16(config.precision, self.device) else None
-
-    def _freeze(self) -> None:
-        if self.config.trainable == "last_layers":
-            self.lm.requires_grad_(False)
-            layers = self.layers
-            if self.config.last_layers > len(layers):
-                raise UserError(f"policy.last_layers {self.config.last_layers}: the model has {len(layers)} layers")
-            for layer in layers[-self.config.last_layers :]:
-                layer.requires_grad_(True)
-        elif self.config.trainable == "lora":
-            import peft
-
-            lora = self.config.lora
-            settings = peft.LoraConfig(
-                r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"
-            )
-            # The adapter's random half must not differ between the processes of a run.
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                try:
-                    self.model = peft.get_peft_model(self.lm, settings).eval()
-                except ValueError as error:
-                    raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
 
     @contextlib.contextmanager
     def training(self, dropout: float) -> Iterator[None]:
@@ -86,12 +92,6 @@ class CausalLM:
             yield
         finally:
             self.model.eval()
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder layers, first to last."""
-        depth = self.lm.config.num_hidden_layers
-        return next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
     @property
     def end_ids(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from rl_llm.rewards.answers import exact_match, token_f1
 from rl_llm.rewards.component import GIVE_UP_AFTER, Component, Scores
-from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy
+from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy, settle
 from rl_llm.rewards.form import Length, regex, vocab
 from rl_llm.rewards.mixture import Mixed, Mixture
 from rl_llm.rewards.overlap import bleu, chrf, rouge, ter
@@ -31,6 +31,7 @@ __all__ = [
     "reward",
     "rouge",
     "sentiment",
+    "settle",
     "ter",
     "token_f1",
     "vocab",

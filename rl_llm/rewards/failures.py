@@ -1,5 +1,6 @@
 """What happens to rows a component failed on: masked, imputed, or the end of the run. Never a silent 0."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,27 @@ def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids:
     if config.impute is not None:
         values[failed] = config.impute
     return Settled(values, scores.status, failures)
+
+
+def settle(
+    configs: Mapping[str, ComponentConfig],
+    scores: Mapping[str, Scores],
+    prompt_ids: np.ndarray,
+    step: int,
+    note: Callable[[dict[str, Any]], None],
+) -> dict[str, Settled]:
+    """`apply_policy` for each of `configs`, raising as it does; `note` gets every failure, also those that end the run."""
+    settled = {}
+    for name, config in configs.items():
+        try:
+            settled[name] = apply_policy(name, config, scores[name], prompt_ids, step)
+        except RewardFailed as error:
+            for record in error.failures:
+                note(record)
+            raise
+        for record in settled[name].failures:
+            note(record)
+    return settled
 
 
 def _first_message(errors: list[str], kind: str) -> str:

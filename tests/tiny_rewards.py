@@ -1,0 +1,40 @@
+"""Rewards of the tiny task, named in configs as "tiny_rewards:match". Worker processes import them without torch."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from rl_llm.logger import read_jsonl
+
+
+def match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
+    """The share of words that are the colour asked for."""
+    found = [text.split() for text in completions]
+    return [sum(w == c for w in words) / max(len(words), 1) for words, c in zip(found, colour, strict=True)]
+
+
+def match_dying_once(completions: list[str], colour: list[str], *, mark: str, **columns: Any) -> list[float]:
+    """`match` that brings its process down the first time it scores anything after `mark` has been made."""
+    if Path(mark).exists():
+        Path(mark).unlink()
+        os._exit(1)
+    return match(completions, colour)
+
+
+def match_held(completions: list[str], colour: list[str], *, run: str, step: int, **columns: Any) -> list[float]:
+    """`match` that stops within step `step` of the run directory `run`, says so by a file `held`, and goes on when
+    something is written to the pipe `go` of the directory above it; only once."""
+    folder = Path(run).parent
+    held = folder / "held"
+    if not held.exists() and len(read_jsonl(Path(run) / "metrics.jsonl")) == step - 1:
+        held.touch()
+        (folder / "go").read_bytes()
+    return match(completions, colour)
+
+
+def hanging(completions: list[str], prompts: list[str], *, on: str, **columns: Any) -> list[float]:
+    """1 for everything; never returns where one of the prompts is `on`."""
+    if on in prompts:
+        threading.Event().wait()
+    return [1.0] * len(completions)
