@@ -1,17 +1,21 @@
 """The Python face: one call that trains."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rl_llm.config import build_config, load_config
-from rl_llm.errors import UserError
+from rl_llm.config import RunConfig, build_config, read_config
+from rl_llm.errors import UserError, did_you_mean
 from rl_llm.launch import run_training
 from rl_llm.logger import Callback
+from rl_llm.plan import FUNCTION, ROWS
 from rl_llm.run import Run
 from rl_llm.tasks import task_from_rows
+
+SHORT = {"steps": ("trainer", "steps"), "seed": ("trainer", "seed"), "learning_rate": ("learner", "lr")}
 
 
 def train(
@@ -44,37 +48,46 @@ def train(
         UserError: something has to be changed first; nothing was started.
         RunFailed: the run could not go on.
     """
-    raw = load_config(Path(recipe)).model_dump(mode="json", by_alias=True) if recipe is not None else {}
-    short = {"steps": ("trainer", "steps"), "seed": ("trainer", "seed"), "learning_rate": ("learner", "lr")}
-    for name in [name for name in settings if name in short]:
-        section, key = short[name]
-        raw.setdefault(section, {})[key] = settings.pop(name)
-    for section, values in settings.items():
-        if isinstance(values, Mapping) and isinstance(raw.get(section, {}), dict):
-            raw.setdefault(section, {}).update(values)
-        else:
-            raw[section] = values
+    raw = {} if recipe is None else read_config(Path(recipe))
+    for name, value in settings.items():
+        if name not in RunConfig.model_fields and name not in SHORT:
+            hint = did_you_mean(name, [*RunConfig.model_fields, *SHORT, *inspect.signature(train).parameters])
+            raise UserError(f"train(): there is no {name!r}; {hint}")
+        section, values = (SHORT[name][0], {SHORT[name][1]: value}) if name in SHORT else (name, value)
+        _section(raw, section).update(_mapping(section, values))
     if model is not None:
-        raw.setdefault("policy", {})["model"] = str(model)
+        _section(raw, "policy")["model"] = str(model)
     functions: dict[str, Callable[..., Any]] = {}
     if rewards is not None:
-        raw.setdefault("rewards", {}).update({"components": _components(rewards, functions), "weights": {}})
+        _section(raw, "rewards").update({"components": _components(rewards, functions), "weights": {}})
     if weights is not None:
-        raw.setdefault("rewards", {})["weights"] = dict(weights)
-    rows = None
+        _section(raw, "rewards")["weights"] = dict(weights)
+    rows: Any = None
     if isinstance(dataset, str | PathLike):
-        raw.setdefault("task", {})["data"] = str(dataset)
+        _section(raw, "task")["data"] = str(dataset)
     elif dataset is not None:
         rows = dataset
-        raw.setdefault("task", {})["data"] = "rows"
+        _section(raw, "task")["data"] = ROWS
     config = build_config(raw, where="train()")
-    task = None if rows is None else task_from_rows(map(dict, rows), config.task)
+    task = None if rows is None else task_from_rows(rows, config.task)
     path = Path(output) if output is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
 
 
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    return _mapping(name, raw.setdefault(name, {}))
+
+
+def _mapping(name: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"train(): {name} is a section, such as {name}={{...}}, not {values!r}")
+    return values
+
+
 def _components(rewards: Any, functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """The config's components; functions among them are put aside under their names."""
+    if isinstance(rewards, str) or callable(rewards):
+        rewards = [rewards]
     if not isinstance(rewards, Mapping):
         named = {}
         for item in rewards:
@@ -87,7 +100,7 @@ def _components(rewards: Any, functions: dict[str, Callable[..., Any]]) -> dict[
     for name, item in rewards.items():
         if callable(item):
             functions[name] = item
-            components[name] = {"use": f"function:{name}"}
+            components[name] = {"use": FUNCTION + name}
         else:
             components[name] = item
     return components

@@ -1,10 +1,14 @@
 """The commands. Each reads its arguments, calls one function and prints what it gives."""
 
 import logging
+import os
+import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, Any
 
 import rich
 import typer
@@ -42,9 +46,11 @@ def train(
 
     config = load_config(source, overrides or [])
     if dry_run:
+        from rl_llm.logger import sinks
         from rl_llm.plan import describe, make_plan
         from rl_llm.tasks import describe_bad_rows
 
+        sinks(config.logging)
         plan = make_plan(config, {})
         print(config.to_yaml())
         print("\n".join(describe(plan)))
@@ -60,7 +66,7 @@ def train(
     try:
         run = run_training(config, path, resume=resume)
     except Interrupted:
-        command = " ".join(["rl-llm train", source, *(overrides or []), f"--output {path}", "--resume"])
+        command = shlex.join(["rl-llm", "train", source, *(overrides or []), "--output", str(path), "--resume"])
         print(f"stopped and saved in {path}; go on with: {command}")
         raise typer.Exit(130) from None
     rich.print(run.table())
@@ -77,7 +83,6 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, tune or test")] = "test",
 ) -> None:
     """Measure a policy on held-out prompts, with 95 % intervals."""
-    from rl_llm.config import load_config
     from rl_llm.inference import config_for
     from rl_llm.inference import evaluate as run_evaluation
     from rl_llm.run import ResultTable
@@ -86,8 +91,10 @@ def evaluate(
         raise UserError(
             f"{model} is no run, so evaluate needs --config: a recipe or YAML file with its task and rewards"
         )
-    settings = config_for(model, load_config(config) if config else None, overrides or [])
-    print(ResultTable({split: run_evaluation(settings, split)}))
+    metrics, count = run_evaluation(config_for(model, config, overrides or []), split, _note)
+    (titles, *rows) = ResultTable({"mean [95 % interval]": metrics}).cells()
+    _show(titles, rows)
+    print(f"{count} prompts of the {split} split")
 
 
 @app.command()
@@ -101,8 +108,9 @@ def predict(
     from rl_llm.inference import config_for, write_jsonl
     from rl_llm.inference import predict as run_prediction
 
-    rows = run_prediction(config_for(model, None, overrides or []), file)
-    count = write_jsonl(rows, output or Path("/dev/stdout"))
+    rows = run_prediction(config_for(model, None, overrides or []), file, _note)
+    with _writing(output) as out:
+        count = write_jsonl(rows, out)
     if output:
         print(f"{count} completions in {output}")
 
@@ -131,13 +139,12 @@ def list_rewards() -> None:
     """Every component a config can name, with its range, arguments and the columns it needs."""
     from rl_llm.rewards import known
 
-    table = Table("component", "range", "columns", "arguments", "what it is")
+    rows = []
     for name, entry in known().items():
         low, high = entry.range
-        arguments = ", ".join(f"{key}={value}" for key, value in entry.arguments.items())
-        cells = (name, f"{low:g} to {high:g}", ", ".join(entry.columns), arguments, entry.summary)
-        table.add_row(*(Text(cell) for cell in cells))
-    rich.print(table)
+        arguments = "\n".join(f"{key}={value}" for key, value in entry.arguments.items())
+        rows.append([name, f"{low:g} to {high:g}", ", ".join(entry.columns), arguments, entry.summary])
+    _show(["component", "range", "columns", "arguments", "what it is"], rows)
 
 
 @rewards_app.command("score")
@@ -152,24 +159,49 @@ def score_file(
     output: Annotated[Path | None, typer.Option(help="JSON lines with each row's values")] = None,
 ) -> None:
     """Score completions of a file: try a reward before training on it."""
-    from rl_llm.config import build_config, load_config
-    from rl_llm.inference import score, summarise, write_jsonl
+    from rl_llm.config import build_config, read_config
+    from rl_llm.inference import score, summarise, with_scores, write_jsonl
 
     if bool(use) == bool(config):
         raise UserError("give the components with --use (repeated), or with --config")
-    if config:
-        settings = load_config(config, overrides or [])
-    else:
-        raw = {"rewards": {"components": use}, "policy": {"model": "-"}, "task": {"prompt": f"{{{completion}}}"}}
-        settings = build_config(raw, overrides or [])
-    rows, scores = score(settings, file, completion)
+    raw: dict[str, Any] = read_config(config) if config else {"rewards": {"components": use}}
+    settings = build_config({**raw, "policy": {"model": "-"}}, overrides or [], where=config or "--use")
+    rows, scores = score(settings, file, completion, _note)
     if output:
-        values = ({**row, **{name: s.values[i] for name, s in scores.items()}} for i, row in enumerate(rows))
-        print(f"{write_jsonl(values, output)} rows in {output}")
-    table = Table("component", "mean", "std", "not applicable", "failed", "ms a row", "first message")
-    for cells in summarise(scores):
-        table.add_row(*(Text(cell) for cell in cells))
+        with _writing(output) as out:
+            print(f"{write_jsonl(with_scores(rows, scores), out)} rows in {output}")
+    _show(["component", "mean", "std", "not applicable", "failed", "ms a row"], summarise(scores))
+    for name, found in scores.items():
+        for message in found.errors:
+            print(f"{name}: {message}")
+
+
+def _show(titles: list[str], rows: Iterable[list[str]]) -> None:
+    table = Table()
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
     rich.print(table)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def _writing(path: Path | None) -> Iterator[IO[str]]:
+    """The file to write to, or standard output. Raises `UserError` where it cannot be made."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}; name another file") from None
+    with file:
+        yield file
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -188,6 +220,10 @@ def _weights(text: str) -> dict[str, float]:
 def main() -> None:
     """Run a command; what the user can mend is one or two lines and exit code 2."""
     logging.basicConfig(format="%(message)s")
+    # Threads that wait spinning slow each other down many times as soon as processes share cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Without a network the Hub's client would announce each of its tries.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         app()
     except UserError as error:

@@ -11,7 +11,7 @@ from rl_llm.config import ComponentConfig, ResourcesConfig
 from rl_llm.rewards import GIVE_UP_AFTER, Scores
 from rl_llm.rollout import RolloutRequest, SamplingParams
 from rl_llm.table import ERROR, TIMEOUT
-from rl_llm.workers import Outcome, Pool, Request, as_completed
+from rl_llm.workers import Outcome, Pool, Request, as_completed, share
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Batch:
     def take_rollout(self, sent: Request, outcome: Outcome) -> None:
         index = int(sent.id.rsplit("/", 1)[1])
         self.summaries[index] = outcome.result()
-        self.shards[index] = outcome.shard
+        self.shards[index] = share(outcome.shard) if self.collector.rewards.size else outcome.shard
         for component in self.components:
             self._ask(index, component)
 

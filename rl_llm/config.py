@@ -389,6 +389,10 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
+VERSIONS = "versions"
+"""What a run's config.yaml notes beside the config: the libraries it ran with."""
+
+
 def recipes() -> dict[str, Path]:
     """Packaged run configs by name."""
     folder = Path(str(importlib.resources.files("rl_llm") / "recipes"))
@@ -401,24 +405,36 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         UserError: no such file or recipe, broken YAML, unknown key, wrong type or impossible combination.
     """
-    path, where = Path(source), str(source)
-    if not path.is_file():
-        known = recipes()
-        if where not in known:
-            what = "file" if path.suffix or "/" in where else "recipe"
-            raise UserError(f"no {what} {where!r}; {did_you_mean(where, known)} (recipes: {', '.join(known)})")
-        path, where = known[where], f"recipe {where}"
+    return build_config(read_config(source), overrides, where=_find(source)[1])
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The plain mapping in a YAML file or recipe, for `build_config`. Raises `UserError` where there is none."""
+    path, where = _find(source)
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8")) or {}
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    return build_config(raw, overrides, where=where)
-
-
-def build_config(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "config") -> RunConfig:
-    """Validate a plain mapping with dotted overrides applied. Raises `UserError` naming the key to change."""
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected sections such as 'task:' and 'rewards:', found {type(raw).__name__}")
+        raise UserError(f"{where}: sections such as 'task:' and 'rewards:' are needed, found {type(raw).__name__}")
+    # A section whose keys are all commented out has its defaults; a run's own config.yaml also notes versions.
+    return {name: {} if section is None else section for name, section in raw.items() if name != VERSIONS}
+
+
+def _find(source: str | Path) -> tuple[Path, str]:
+    """The file of a config and what messages call it."""
+    path, name = Path(source), str(source)
+    if path.is_file():
+        return path, name
+    known = recipes()
+    if name not in known:
+        what = "file" if path.suffix or "/" in name else "recipe"
+        raise UserError(f"no {what} {name!r}; {did_you_mean(name, known)} (recipes: {', '.join(known)})")
+    return known[name], f"recipe {name}"
+
+
+def build_config(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "config") -> RunConfig:
+    """Validate a plain mapping after applying dotted overrides to it. Raises `UserError` naming the key to change."""
     _expand_components(raw, where)
     for override in overrides:
         apply_override(raw, override, RunConfig)

@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from rl_llm.collector import Collector
 from rl_llm.config import ComponentConfig, RunConfig
 from rl_llm.learner.learner import Learner
 from rl_llm.rewards import RewardWorker
 from rl_llm.rollout import RolloutWorker
-from rl_llm.workers import Factory, Pool, Request, as_completed
+from rl_llm.workers import Factory, Pool, Request, as_completed, share
 
 
 class Crew:
@@ -83,11 +81,8 @@ class Crew:
         [(_, _, outcome)] = as_completed(self.learner)
         outcome.result()
         self.weights = outcome.shard
-        if isinstance(self.weights, np.ndarray) and self._remote_rollouts:
-            import ray
-
-            # Once into the object store, from where every worker maps it.
-            self.weights = ray.put(self.weights)
+        if self._remote_rollouts:
+            self.weights = share(self.weights)
 
     def restarts(self) -> dict[str, int]:
         """Workers replaced so far, by pool."""

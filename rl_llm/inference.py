@@ -1,53 +1,61 @@
 """Using a trained policy: metrics on held-out prompts, completions for a file, scores for completions."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from rl_llm.config import RunConfig, build_config
+from rl_llm.config import ComponentConfig, RunConfig, build_config, read_config
 from rl_llm.crew import Crew
 from rl_llm.errors import UserError
 from rl_llm.evaluation import Evaluator, held_out
-from rl_llm.plan import check_model
+from rl_llm.plan import check_components, check_model, load_tokenizer, read_task
 from rl_llm.rewards import Component, Scores
 from rl_llm.rollout import SamplingParams
 from rl_llm.run import Run
-from rl_llm.table import FIELD
-from rl_llm.tasks import load_prompts, load_task
+from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT
+from rl_llm.tasks import Task, describe_bad_rows, load_prompts
+from rl_llm.tasks.prompts import template_columns
 from rl_llm.workers import fetch
 
+Note = Callable[[str], None]
+"""Is told in a line what went wrong with rows: bad ones, failed rewards."""
 
-def config_for(model: str, config: RunConfig | None, overrides: list[str]) -> RunConfig:
+# Stands for the prompts of a file of completions that has none.
+NO_PROMPT = "-"
+
+
+def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfig:
     """The settings a policy is used with: a run's own, or those given, with the policy put in.
 
     Args:
         model: a run directory or a model (folder or Hub name).
-        config: settings for a model that is no run; None for defaults.
+        source: recipe or YAML file with settings for a model that is no run; None for defaults.
+
+    Raises:
+        UserError: settings that do not fit, or no such model.
     """
     run = Run(model) if (Path(model) / "config.yaml").is_file() else None
-    source = run.config if run else config
-    raw: dict[str, Any] = source.model_dump(mode="json", by_alias=True) if source else {}
+    raw = run.config.model_dump(mode="json", by_alias=True) if run else read_config(source) if source else {}
     raw.setdefault("rewards", {"components": ["constant"]})
-    raw["policy"] = {
-        "model": str(run.model) if run else model,
-        "precision": raw.get("policy", {}).get("precision", "auto"),
-    }
+    policy = raw.get("policy", {})
+    raw["policy"] = {"model": str(run.model) if run else model, "precision": policy.get("precision", "auto")}
     raw["warm_start"] = {}
     raw.setdefault("algorithm", {})["kl"] = {}
-    built = build_config(raw, overrides)
+    built = build_config(raw, overrides, where=str(source or model))
     check_model(built.policy.model)
     return built
 
 
 @contextmanager
-def _crew(config: RunConfig, functions: Mapping[str, Callable[..., Any]]) -> Iterator[Crew]:
+def _crew(
+    config: RunConfig, components: Mapping[str, ComponentConfig], functions: Mapping[str, Callable[..., Any]]
+) -> Iterator[Crew]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     started = False
@@ -55,8 +63,7 @@ def _crew(config: RunConfig, functions: Mapping[str, Callable[..., Any]]) -> Ite
         from rl_llm.cluster import connect
 
         started = connect(config.resources)
-    assert config.policy.model is not None
-    crew = Crew(config, config.policy.model, _components(config), functions)
+    crew = Crew(config, _model(config), components, functions)
     try:
         crew.publish(0)
         yield crew
@@ -68,90 +75,122 @@ def _crew(config: RunConfig, functions: Mapping[str, Callable[..., Any]]) -> Ite
             ray.shutdown()
 
 
-def _components(config: RunConfig) -> dict[str, Any]:
+def _model(config: RunConfig) -> str:
+    assert config.policy.model is not None
+    return config.policy.model
+
+
+def _components(config: RunConfig) -> dict[str, ComponentConfig]:
     return {**config.rewards.components, **config.evaluation.metrics}
 
 
+def _tokenize(config: RunConfig, task: Task, note: Note) -> None:
+    task.tokenize(load_tokenizer(_model(config)))
+    if task.bad_rows:
+        note(describe_bad_rows(task.bad_rows))
+
+
 def evaluate(
-    config: RunConfig, split: str = "test", functions: Mapping[str, Callable[..., Any]] | None = None
-) -> dict[str, dict[str, float | None]]:
-    """Every component's mean and 95 % interval on a split, `{name: {mean, low, high}}`, decoded as `evaluation` says."""
+    config: RunConfig, split: str, note: Note, functions: Mapping[str, Callable[..., Any]] | None = None
+) -> tuple[dict[str, dict[str, float | None]], int]:
+    """Measure a policy on a split, decoded as `evaluation` says.
+
+    Args:
+        functions: reward functions given as they are, by component.
+
+    Returns:
+        Every component's mean and 95 % interval, `{name: {mean, low, high}}`, and the number of prompts.
+    """
     functions = functions or {}
-    task = load_task(config.task, config.trainer.seed)
+    task = read_task(config)
     if split not in task.splits:
         raise UserError(f"--split {split}: choose one of {', '.join(task.splits)}")
-    for name, component in _components(config).items():
-        Component(name, component, functions.get(name)).check_columns(task.fields)
-    task.tokenize(AutoTokenizer.from_pretrained(config.policy.model))
+    check_components(config, functions, task)
+    _tokenize(config, task, note)
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
-    with _crew(config, functions) as crew:
-        evaluator = Evaluator(
-            config.evaluation, params, config.rollout.request_rows, _components(config), crew, None, lambda record: None
-        )
-        prompts = held_out(task.splits[split], config.evaluation.test_prompts)
-        return evaluator.evaluate(prompts, split, "evaluate", 0).line["metrics"]
+
+    def failed(record: dict[str, Any]) -> None:
+        note(f"{record['component']} failed on {record['rows']} rows, {record['status']}: {record['message']}")
+
+    components, size = _components(config), config.rollout.request_rows
+    prompts = held_out(task.splits[split], config.evaluation.test_prompts)
+    with _crew(config, components, functions) as crew:
+        evaluator = Evaluator(config.evaluation, params, size, components, crew, None, failed)
+        return evaluator.evaluate(prompts, split, "evaluate", 0).line["metrics"], prompts.num_rows
 
 
-def predict(config: RunConfig, file: str) -> Iterator[dict[str, Any]]:
+def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]]:
     """A completion for each row of a file, greedy unless `evaluation.temperature` says otherwise.
 
-    Yields the row's own columns with `completion` and `finish`, in the file's order.
+    Yields the row's own columns with `completion` and `finish`, in the file's order; bad rows are left out and noted.
     """
-    task = load_prompts(config.task.model_copy(update={"data": file, "columns": {}}))
-    task.tokenize(AutoTokenizer.from_pretrained(config.policy.model))
+    task = load_prompts(config.task.model_copy(update={"data": file, "columns": {}, "rows": None}))
+    _tokenize(config, task, note)
     prompts = task.splits["all"]
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
     size = config.rollout.request_rows
-    with _crew(config, {}) as crew:
+    with _crew(config, {}, {}) as crew:
         for start in range(0, prompts.num_rows, size * 8):
             part = prompts.slice(start, size * 8)
             found = crew.collector.collect(
                 f"predict-{start}", part, params, size, (start, start), crew.version, crew.weights, []
             )
             for shard in fetch(found.shards):
-                fields = [name for name in shard.column_names if name.startswith(FIELD)]
-                for row in shard.select([*fields, "completion", "finish"]).to_pylist():
-                    yield {name.removeprefix(FIELD): value for name, value in row.items()}
+                answers = shard.select(["completion", "finish"]).to_pylist()
+                yield from ({**row, **answer} for row, answer in zip(_rows(shard), answers, strict=True))
 
 
-def score(config: RunConfig, file: str, completion: str) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
-    """Completions that stand in a column of a file, scored by every component: the rows and their scores."""
-    task = load_prompts(config.task.model_copy(update={"data": file}))
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The data's own columns."""
+    fields = table.select([name for name in table.column_names if name.startswith(FIELD)])
+    return fields.rename_columns([name.removeprefix(FIELD) for name in fields.column_names]).to_pylist()
+
+
+def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
+    """Completions that stand in a column of a file, scored by every component: the rows and their scores.
+
+    Components see prompts where the file has the columns of the config's template.
+    """
+    settings = config.task.model_copy(update={"data": file, "rows": None})
+    task = load_prompts(settings.model_copy(update={"prompt": NO_PROMPT, "system": None}))
+    if completion not in task.fields:
+        raise UserError(f"{file} has no column {completion!r}; --completion names one of {', '.join(task.fields)}")
+    if set(template_columns(settings.prompt)) <= set(task.fields):
+        task = load_prompts(settings)
+    if task.bad_rows:
+        note(describe_bad_rows(task.bad_rows))
+    check_components(config, {}, task)
     rows = task.splits["all"]
-    if FIELD + completion not in rows.column_names:
-        raise UserError(
-            f"{file} has no column {completion!r} to score; --completion names one of {', '.join(task.fields)}"
-        )
-    texts = rows[FIELD + completion].cast(pa.string())
-    words = pa.array([text.split() for text in texts.to_pylist()])
+    texts = pa.array([text or "" for text in rows[FIELD + completion].cast(pa.string()).to_pylist()])
+    words = pa.array([text.split() for text in texts.to_pylist()], pa.list_(pa.string()))
     table = rows.append_column("completion", texts).append_column("completion_ids", words)
-    scores = {}
-    for name, component in _components(config).items():
-        built = Component(name, component)
-        built.check_columns(task.fields)
-        scores[name] = built.score(table)
-    return rows.select(["prompt"]).to_pylist(), scores
+    scores = {name: Component(name, component).score(table) for name, component in _components(config).items()}
+    return _rows(rows), scores
 
 
-def write_jsonl(rows: Iterator[dict[str, Any]], path: Path) -> int:
+def with_scores(rows: list[dict[str, Any]], scores: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
+    """Each row with its `rewards` and their `status`, by component."""
+    for i, row in enumerate(rows):
+        values = {name: found.values[i] for name, found in scores.items()}
+        yield {**row, "rewards": values, "status": {name: found.status[i] for name, found in scores.items()}}
+
+
+def write_jsonl(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
     """Write rows as JSON lines; returns how many."""
     count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(rows, start=1):
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        count += 1
     return count
 
 
 def summarise(scores: Mapping[str, Scores]) -> list[list[str]]:
-    """A row a component: mean, spread, rows without a value, failures, milliseconds a row, first message."""
+    """A row a component: mean, spread, rows it does not apply to, rows it failed on, milliseconds a row."""
     out = []
     for name, found in scores.items():
         values = np.array([value for value in found.values if value is not None], dtype=np.float64)
         mean, std = (f"{values.mean():.4f}", f"{values.std():.4f}") if len(values) else ("-", "-")
-        failed = sum(status in ("error", "timeout") for status in found.status)
-        rows = len(found.values)
-        out.append(
-            [name, mean, std, str(rows - len(values) - failed), str(failed), f"{1000 * found.seconds / max(rows, 1):.2f}",
-             found.errors[0] if found.errors else ""]
-        )  # fmt: skip
+        counts = [found.status.count(NOT_APPLICABLE), found.status.count(ERROR) + found.status.count(TIMEOUT)]
+        milliseconds = 1000 * found.seconds / max(len(found.values), 1)
+        out.append([name, mean, std, *map(str, counts), f"{milliseconds:.2f}"])
     return out

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rl_llm.config import RunConfig
+from rl_llm.console import short
 from rl_llm.errors import UserError
 from rl_llm.learner.warm_start import needs_base, scratch_settings
 from rl_llm.policies import freeze
@@ -16,6 +17,10 @@ from rl_llm.rewards import Component
 from rl_llm.tasks import Task, load_task
 
 GIB = 2**30
+
+# What a config says of rows and functions that were handed over in Python.
+ROWS = "rows"
+FUNCTION = "function:"
 
 
 @dataclass
@@ -40,12 +45,29 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
         UserError: unreadable data, an unknown component, a missing column or model, an impossible combination.
     """
     check_model(config.policy.model)
-    task = task or load_task(config.task, config.trainer.seed)
-    for name, component in {**config.rewards.components, **config.evaluation.metrics}.items():
-        Component(name, component, functions.get(name)).check_columns(task.fields)
+    task = task or read_task(config)
+    check_components(config, functions, task)
     if needs_base(config) or "supervised" in config.evaluation.controls:
         task.training_texts(config.warm_start.target)
     return Plan(config, task, functions, _parameters(config))
+
+
+def read_task(config: RunConfig) -> Task:
+    """The task that the config names. Raises `UserError` as `load_task`, and for rows that only Python can give."""
+    if config.task.data == ROWS:
+        raise UserError("this run's rows were given in Python: go on with it there, or set task.data to a file of them")
+    return load_task(config.task, config.trainer.seed)
+
+
+def check_components(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task) -> None:
+    """Raise `UserError` where a component is unknown, does not take its arguments or lacks a column."""
+    for name, component in {**config.rewards.components, **config.evaluation.metrics}.items():
+        if component.use.startswith(FUNCTION) and name not in functions:
+            raise UserError(
+                f"component {name!r} was a function given in Python: go on there, or set "
+                f"rewards.components.{name}.use=package.module:function"
+            )
+        Component(name, component, functions.get(name)).check_columns(task.fields)
 
 
 def check_model(model: str | None) -> None:
@@ -70,7 +92,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise UserError(f"policy.model {model!r}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise UserError(
+            f"policy.model {model!r}: its tokenizer cannot be loaded: {_first_line(error)}; "
+            "tokenizer.json and tokenizer_config.json belong to the model"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"policy.model {model!r}: its tokenizer has no end-of-text token")
     return tokenizer
@@ -107,8 +132,7 @@ def describe(plan: Plan) -> list[str]:
     weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.weights.items())
     lines = [
         f"task       {task.name}: {sides} prompts",
-        f"policy     {source}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M of them train "
-        f"({config.policy.trainable})",
+        f"policy     {source}: {short(total)} parameters, {short(trainable)} of them train ({config.policy.trainable})",
         f"rewards    {weights} ({config.rewards.combine})",
         f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
         f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; "
@@ -127,9 +151,9 @@ def _actors(config: RunConfig) -> list[str]:
         cpus, gpus = getattr(resources, f"num_cpus_per_{kind}"), getattr(resources, f"num_gpus_per_{kind}", 0)
         name = kind.replace("_", " ")
         if count:
-            lines.append(f"{count} x {name}: {cpus:g} CPU, {gpus:g} GPU, {resources.threads} torch threads each")
+            lines.append(f"{count} x {name}: {cpus:g} CPU, {gpus:g} GPU, torch threads: {resources.threads} each")
         else:
-            lines.append(f"{name} in this process, {resources.threads} torch threads")
+            lines.append(f"{name} in this process, torch threads: {resources.threads}")
     return lines
 
 

@@ -195,11 +195,11 @@ class ResultTable:
 
 
 def _interval(entry: Interval | None) -> str:
-    if not entry or entry.get("mean") is None:
+    mean, low, high = (entry or {}).get("mean"), (entry or {}).get("low"), (entry or {}).get("high")
+    if mean is None:
         return "-"
-    low, high = entry.get("low"), entry.get("high")
     bounds = f" [{_number(low)}, {_number(high)}]" if low is not None and high is not None else ""
-    return f"{_number(entry['mean'])}{bounds}"
+    return f"{_number(mean)}{bounds}"
 
 
 def _number(value: float) -> str:

@@ -329,3 +329,10 @@ def fetch(values: Sequence[Any]) -> list[Any]:
     """The values themselves: references from actors are resolved, what is plain already passes through."""
     ray = sys.modules.get("ray")
     return [ray.get(value) if ray is not None and isinstance(value, ray.ObjectRef) else value for value in values]
+
+
+def share(value: Any) -> Any:
+    """A value that actors read as a reference: put into the object store once, from where each of them maps it."""
+    import ray
+
+    return value if isinstance(value, ray.ObjectRef) else ray.put(value)

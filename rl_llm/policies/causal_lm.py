@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ class CausalLM:
             self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=torch.float32, attn_implementation=GROUPED
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"policy.model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"policy.model {str(folder)!r}: its tokenizer has no end-of-text token")

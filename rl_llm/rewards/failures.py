@@ -88,7 +88,7 @@ def settle(
     step: int,
     note: Callable[[dict[str, Any]], None],
 ) -> dict[str, Settled]:
-    """`apply_policy` for each of `configs`, raising as it does; `note` gets every failure, also those that end the run."""
+    """`apply_policy` for each of `configs`, raising as it does; `note` gets every failure, the fatal ones too."""
     settled = {}
     for name, config in configs.items():
         try:
