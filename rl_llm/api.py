@@ -15,15 +15,18 @@ from rl_llm.plan import FUNCTION, ROWS
 from rl_llm.run import Run
 from rl_llm.tasks import task_from_rows
 
+Reward = str | Callable[..., Any]
+
 SHORT = {"steps": ("trainer", "steps"), "seed": ("trainer", "seed"), "learning_rate": ("learner", "lr")}
 
 
 def train(
     model: str | PathLike[str] | None = None,
     dataset: str | PathLike[str] | Iterable[Mapping[str, Any]] | None = None,
-    rewards: Sequence[str | Callable[..., Any]] | Mapping[str, str | Callable[..., Any]] | None = None,
+    rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None = None,
     weights: Mapping[str, float] | None = None,
     *,
+    combine: str | None = None,
     recipe: str | PathLike[str] | None = None,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
@@ -35,8 +38,10 @@ def train(
     Args:
         model: a Hugging Face folder or Hub name; None where the recipe builds one.
         dataset: a file, "hub:owner/name", "builtin:records", rows (dicts) or a `datasets.Dataset`.
-        rewards: components by id, "package.module:function", or functions with TRL's signature; a mapping names them.
+        rewards: one or more components by id, "package.module:function", or functions with TRL's signature; a mapping
+            names them.
         weights: lambda by component; 1 where not given.
+        combine: "sum_then_normalize" or "normalize_then_sum".
         recipe: a packaged recipe or YAML file to start from.
         output: the run directory; default: runs/<time>.
         resume: go on with the run in `output`.
@@ -62,6 +67,8 @@ def train(
         _section(raw, "rewards").update({"components": _components(rewards, functions), "weights": {}})
     if weights is not None:
         _section(raw, "rewards")["weights"] = dict(weights)
+    if combine is not None:
+        _section(raw, "rewards")["combine"] = combine
     rows: Any = None
     if isinstance(dataset, str | PathLike):
         _section(raw, "task")["data"] = str(dataset)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from transformers.utils import logging as transformers_logging
 
-from rl_llm.config import ComponentConfig, RunConfig, build_config, read_config
+from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
 from rl_llm.crew import Crew
 from rl_llm.errors import UserError
 from rl_llm.evaluation import Evaluator, held_out
@@ -124,7 +124,7 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
 
     Yields the row's own columns with `completion` and `finish`, in the file's order; bad rows are left out and noted.
     """
-    task = load_prompts(config.task.model_copy(update={"data": file, "columns": {}, "rows": None}))
+    task = load_prompts(_of_file(config, file).model_copy(update={"columns": {}}))
     _tokenize(config, task, note)
     prompts = task.splits["all"]
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
@@ -140,6 +140,11 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
                 yield from ({**row, **answer} for row, answer in zip(_rows(shard), answers, strict=True))
 
 
+def _of_file(config: RunConfig, file: str) -> TaskConfig:
+    """The task's settings for all rows of a file that is not divided."""
+    return config.task.model_copy(update={"data": file, "rows": None, "split": SplitConfig()})
+
+
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
     """The data's own columns."""
     fields = table.select([name for name in table.column_names if name.startswith(FIELD)])
@@ -151,7 +156,7 @@ def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[li
 
     Components see prompts where the file has the columns of the config's template.
     """
-    settings = config.task.model_copy(update={"data": file, "rows": None})
+    settings = _of_file(config, file)
     task = load_prompts(settings.model_copy(update={"prompt": NO_PROMPT, "system": None}))
     if completion not in task.fields:
         raise UserError(f"{file} has no column {completion!r}; --completion names one of {', '.join(task.fields)}")

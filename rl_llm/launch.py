@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rl_llm import checkpoint
@@ -19,7 +18,7 @@ from rl_llm.console import Console, make_console
 from rl_llm.errors import RunFailed, UserError
 from rl_llm.learner.warm_start import base_path, build_base, needs_base
 from rl_llm.logger import Callback, sinks, to_json
-from rl_llm.plan import Plan, describe, make_plan
+from rl_llm.plan import Plan, describe, load_tokenizer, make_plan
 from rl_llm.run import Run
 from rl_llm.tasks import Task, describe_bad_rows
 from rl_llm.trainer import Interrupted, Trainer, utility_weights
@@ -84,7 +83,8 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
     config, start = plan.config, time.monotonic()
     console.start(describe(plan), config.trainer.steps, checkpoint.load_state(state)["steps_done"] if state else 0)
     base = ensure_base(config, plan.task, console)
-    plan.task.tokenize(AutoTokenizer.from_pretrained(base))
+    if config.policy.model is None:
+        plan.task.tokenize(load_tokenizer(base))
     trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
     _write_config(config, path)
     _note_bad_rows(plan.task, path, console)
@@ -120,8 +120,10 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
         _finish(trainer, summary)
     if "constant_reward" in config.evaluation.controls:
         console.message("control: reinforcement learning with a constant reward")
-        control = run_training(constant_reward(config), path / "controls" / "constant_reward", resume=True,
-                               functions=plan.functions, console=Console())  # fmt: skip
+        folder = path / "controls" / "constant_reward"
+        control = run_training(
+            constant_reward(config), folder, resume=True, functions=plan.functions, task=plan.task, console=Console()
+        )
         measured = control.summary["after"]
         summary["controls"]["constant_reward"] = {name: measured[name] for name in summary["after"]}
         trainer.journal.summary(summary)

@@ -28,7 +28,7 @@ class Plan:
     """A run that can start.
 
     Attributes:
-        task: loaded, not yet tokenized.
+        task: loaded, and tokenized where the model is there already.
         parameters: of the policy, all of them and the trainable ones.
     """
 
@@ -49,6 +49,8 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     check_components(config, functions, task)
     if needs_base(config) or "supervised" in config.evaluation.controls:
         task.training_texts(config.warm_start.target)
+    if config.policy.model is not None:
+        task.tokenize(load_tokenizer(config.policy.model))
     return Plan(config, task, functions, _parameters(config))
 
 
@@ -116,9 +118,9 @@ def _parameters(config: RunConfig) -> tuple[int, int]:
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy.model))
             except (OSError, ValueError) as error:
                 raise UserError(f"policy.model {policy.model!r} cannot be loaded: {_first_line(error)}") from None
-        model.tie_weights()  # shared weights count once
-        total = sum(p.numel() for p in model.parameters())
-        return total, sum(p.numel() for p in freeze(model, policy).parameters() if p.requires_grad)
+    model.tie_weights()  # shared weights count once
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in freeze(model, policy).parameters() if p.requires_grad)
 
 
 def describe(plan: Plan) -> list[str]:

@@ -203,4 +203,5 @@ def _interval(entry: Interval | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+    shown = f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+    return "0.000" if shown == "-0.000" else shown

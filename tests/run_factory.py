@@ -68,8 +68,8 @@ def step_metrics(
         line[f"time/reward/{name}"] = 0.02 * (index + 1)
         for other in names[index + 1 :]:
             line[f"correlation/{name}~{other}"] = float(np.clip(rng.normal(0.2, 0.3), -1, 1))
-    line |= {"completion/length": 40 - 15 * done, "completion/stopped": 0.5 + 0.4 * done, "completion/distinct": 0.9}
-    line |= {"groups/without_signal": 0.1 * done, "kl": 0.02 * done, "clip_fraction": 0.01, "entropy": 2.5 - done}
+    line |= {"completion/length": 40 - 15 * done, "completion/stopped": 0.5 + 0.4 * done}
+    line |= {"groups/without_signal": 0.1 * done, "kl": 0.02 * done, "entropy": 2.5 - done}
     line |= {"mismatch": 1e-6 * rng.exponential(), "bad_steps": 0, "tokens_per_second": 1200 + rng.normal(0, 50)}
     return line | {"time/rollout": 2.0, "time/score": 0.3, "time/update": 1.5}
 

@@ -33,7 +33,7 @@ def test_actors_leave_the_run_of_one_process(
 
 
 class Kill(Callback):
-    """Brings workers down: a rollout worker on request step-2/0, an idle one after step 3, a reward worker after that."""
+    """Kills a rollout worker on request step-2/0, an idle one after step 3, and a reward worker in step 4."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

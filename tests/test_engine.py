@@ -1,6 +1,5 @@
 """The engine: what it draws, what it says of it, and that it is the model's own distribution."""
 
-
 import numpy as np
 import pyarrow as pa
 import pytest

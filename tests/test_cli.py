@@ -1,0 +1,401 @@
+"""The commands as a user meets them: what they print, what they refuse, and their exit codes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from conftest import Tiny
+
+from rl_llm import cli
+from rl_llm.config import load_config
+from rl_llm.console import short
+from rl_llm.logger import read_jsonl
+from rl_llm.policies import CausalLM
+from rl_llm.run import Run
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_run: Tiny
+) -> Command:
+    """Runs `rl-llm` with arguments in a folder that has a config, `own.yaml`, with its `task.jsonl` and `model`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "task.jsonl").write_bytes(tiny_run.data.read_bytes())
+    (tmp_path / "model").symlink_to(tiny_run.policy)
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump(tiny_run.config(task={"data": "task.jsonl"}).model_dump(mode="json"))
+    )
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["rl-llm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Said(int(caught.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def refused(command: Command, *arguments: object) -> str:
+    """The one or two lines with which a command is refused before anything has started."""
+    before = sorted(Path().rglob("*"))
+    said = command(*arguments)
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) <= 2
+    assert "Traceback" not in said.err
+    assert sorted(Path().rglob("*")) == before
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["learner.lrr=1"], "unknown key 'learner.lrr'; did you mean 'lr'?"),
+        (["trainer.steps=many"], "trainer.steps: Input should be a valid integer"),
+        (["rollout.rows_per_request=7"], "must be a multiple of samples_per_prompt"),
+        (["rewards.components.match=chrff"], "no reward component 'chrff'; did you mean 'chrf'?"),
+        (["rewards.components.match=nowhere:f"], "cannot import 'nowhere'"),
+        (["rewards.components.match=tiny_rewards:mtach"], "module 'tiny_rewards' has no 'mtach'"),
+        (["rewards.components.length.args.moode=target"], "has no argument 'moode'; did you mean 'mode'?"),
+        (["rewards.components.length.args.mode=short"], "component 'length', args.mode: Input should be 'penalty'"),
+        (["rewards={components: [chrf]}"], "component 'chrf' needs a column 'reference'; map it with task.columns."),
+        (["task.data=tsak.jsonl"], "task.data: no file tsak.jsonl; did you mean 'task.jsonl'?"),
+        (["task.data=own.yaml"], "must end in one of .jsonl, .csv, .parquet"),
+        (["task.data=builtin:facts"], "no generator 'builtin:facts'"),
+        (["task.prompt={txt}"], "task.prompt: task.jsonl has no column 'txt'; did you mean 'text'?"),
+        (["task.columns.reference=color"], "task.jsonl has no column 'color'; did you mean 'colour'?"),
+        (["task.split.by=idd"], "task.split.by: task.jsonl has no column 'idd'; did you mean 'id'?"),
+        (["task.split={by: id, tune: 0.001}"], "the tune side of task.jsonl is empty"),
+        (["task.system=be brief"], "task.system needs a chat prompt"),
+        (["task.max_prompt_tokens=1"], "the prompt has"),
+        (["task.chat=true"], "the tokenizer has no chat template"),
+        (["warm_start.supervised_steps=1"], "has no field 'reference'"),
+        (["policy.model=./modle"], "policy.model: there is no folder ./modle"),
+        (["policy.model=."], "is no model folder (it has no config.json)"),
+        (["policy.trainable=last_layers", "policy.last_layers=3"], "policy.last_layers 3: the model has 2 layers"),
+        (["policy.trainable=lora", "policy.lora.targets=[attention]"], "policy.lora.targets ['attention']"),
+        (["logging.mlflow_experiment=x"], "logging.mlflow_experiment needs mlflow: pip install mlflow"),
+        (["logging.wandb_project=x"], "logging.wandb_project needs wandb: pip install wandb"),
+        (["trainer"], "override 'trainer': write it as section.key=value"),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_is_refused_before_it_starts(
+    command: Command, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: str
+) -> None:
+    for module in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert expected in refused(command, "train", "own.yaml", *overrides, "--output", "run")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "has no weights"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"cut"), "cannot be loaded"),
+        (lambda model: (model / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda model: (model / "config.json").write_text("{}"), "cannot be loaded"),
+        (lambda model: (model / "tokenizer.json").unlink(), "its tokenizer cannot be loaded"),
+        (lambda model: (model / "tokenizer.json").write_text("{}"), "its tokenizer cannot be loaded"),
+    ],
+)
+def test_a_broken_model_folder_is_refused(
+    command: Command, tiny_run: Tiny, break_it: Callable[[Path], Any], expected: str
+) -> None:
+    broken = Path("broken")
+    broken.mkdir()
+    for file in tiny_run.policy.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    break_it(broken)
+    said = command("train", "own.yaml", "policy.model=broken", "--output", "run")
+    assert said.code == 2
+    assert said.err.startswith("error: policy.model")
+    assert expected in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not Path("run").exists()
+
+
+def test_resume_needs_to_know_what(command: Command) -> None:
+    assert "--resume needs --output" in refused(command, "train", "own.yaml", "--resume")
+
+
+def test_output_with_something_else_in_it_is_left_alone(command: Command, tiny_run: Tiny) -> None:
+    assert "holds a run already; add --resume" in refused(
+        command, "train", "own.yaml", "--output", tiny_run.undisturbed
+    )
+    Path("papers").mkdir()
+    Path("papers/thesis.txt").touch()
+    assert "exists and is no run directory" in refused(command, "train", "own.yaml", "--output", "papers")
+    assert "exists and is no run directory" in refused(command, "train", "own.yaml", "--output", "own.yaml")
+
+
+def test_resuming_with_another_config_names_the_difference(command: Command, tiny_run: Tiny) -> None:
+    error = refused(
+        command, "train", "own.yaml", f"task.data={tiny_run.data}", "learner.lr=1e-4", "--resume", "--output",
+        tiny_run.undisturbed,
+    )  # fmt: skip
+    assert "learner.lr: 0.01 -> 0.0001" in error
+    assert "rollout" not in error
+
+
+def test_dry_run_prints_config_actors_and_memory_and_starts_nothing(command: Command) -> None:
+    before = sorted(Path().iterdir())
+    said = command("train", "own.yaml", "resources.num_rollout_workers=2", "resources.threads=3", "--dry-run")
+    assert (said.code, said.err) == (0, "")
+    assert sorted(Path().iterdir()) == before
+    config, _, plan = said.out.partition("\n\n")
+    assert yaml.safe_load(config)["resources"]["num_rollout_workers"] == 2
+    lines = plan.splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "policy", "rewards", "step", *["actor"] * 3, "memory"]
+    assert "actor      2 x rollout worker: 1 CPU, 0 GPU, torch threads: 3 each" in lines
+    assert "actor      learner in this process, torch threads: 3" in lines
+    assert "3 a step" in lines[3]
+
+
+def test_dry_run_counts_what_trains(command: Command) -> None:
+    for overrides in (
+        ["policy.trainable=all"],
+        ["policy.trainable=last_layers", "policy.last_layers=1"],
+        ["policy.trainable=lora", "policy.lora.r=4"],
+    ):
+        trainable, total = CausalLM("model", load_config("own.yaml", overrides).policy).parameter_counts()
+        said = command("train", "own.yaml", *overrides, "--dry-run")
+        weights = total - trainable if "lora" in overrides[0] else total
+        assert f"{short(weights)} parameters, {short(trainable)} of them train" in said.out
+
+
+def test_dry_run_names_bad_rows(command: Command) -> None:
+    with Path("task.jsonl").open("a") as file:
+        file.write('{"id": "48", "text": ""}\n')
+    said = command("train", "own.yaml", "--dry-run")
+    assert "1 bad row: task.jsonl:49: empty prompt" in said.out
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "article"])
+def test_packaged_recipes_that_need_no_file_pass_a_dry_run(command: Command, recipe: str) -> None:
+    said = command("train", recipe, "task.rows=50", "--dry-run")
+    assert (said.code, said.err) == (0, "")
+
+
+def test_train_ends_with_a_table_and_where_things_are(command: Command) -> None:
+    said = command("train", "own.yaml", "trainer.steps=1", "--output", "out/run")
+    assert (said.code, said.err) == (0, "")
+    assert "step 1/1" in said.out
+    assert "before" in said.out
+    assert said.out.splitlines()[-1] == "run out/run  model out/run/model  report out/run/report.html"
+    assert Run("out/run").summary["status"] == "finished"
+
+
+def test_evaluate_a_run(command: Command, tiny_run: Tiny) -> None:
+    said = command("evaluate", tiny_run.undisturbed)
+    assert (said.code, said.err) == (0, "")
+    after = Run(tiny_run.undisturbed).summary["after"]
+    for name in ("match", "length"):
+        [row] = [line for line in said.out.splitlines() if f" {name} " in line]
+        assert f"{after[name]['mean']:.3f}" in row
+    assert "8 prompts of the test split" in said.out
+
+
+def test_evaluate_a_plain_model(command: Command) -> None:
+    assert "evaluate needs --config" in refused(command, "evaluate", "model")
+    assert "--split dev: choose one of train, tune, test" in refused(
+        command, "evaluate", "model", "--config", "own.yaml", "--split", "dev"
+    )
+    said = command("evaluate", "model", "--config", "own.yaml", "--split", "tune", "evaluation.test_prompts=5")
+    assert (said.code, said.err) == (0, "")
+    assert "5 prompts of the tune split" in said.out
+
+
+def test_evaluate_needs_no_model_in_its_config(command: Command) -> None:
+    raw = yaml.safe_load(Path("own.yaml").read_text())
+    Path("own.yaml").write_text(yaml.safe_dump({**raw, "policy": {}}))
+    assert command("evaluate", "model", "--config", "own.yaml").code == 0
+
+
+def test_evaluate_says_what_failed(command: Command) -> None:
+    said = command(
+        "evaluate", "model", "--config", "own.yaml", "rewards.components.none=test_cli:not_a_number",
+        "rewards.components.none.max_failure_rate=1",
+    )  # fmt: skip
+    assert said.code == 0
+    assert "none failed on 8 rows, error: returned the value nan" in said.err
+
+
+def test_predict_writes_a_completion_a_row(command: Command, tiny_run: Tiny) -> None:
+    said = command("predict", tiny_run.undisturbed, "task.jsonl", "--output", "new/folder/out.jsonl")
+    assert said == (0, "48 completions in new/folder/out.jsonl\n", "")
+    rows = read_jsonl(Path("new/folder/out.jsonl"))
+    asked = read_jsonl(Path("task.jsonl"))
+    assert [{key: row[key] for key in asked[0]} for row in rows] == asked
+    assert all(row["finish"] in ("stop", "length") and isinstance(row["completion"], str) for row in rows)
+
+
+def test_predict_prints_where_no_output_is_named_and_takes_one_row(command: Command) -> None:
+    Path("one.jsonl").write_text('{"question": "1 please red"}\n')
+    said = command("predict", "model", "one.jsonl", "task.prompt={question}", "rollout.max_new_tokens=4")
+    assert (said.code, said.err) == (0, "")
+    assert json.loads(said.out)["question"] == "1 please red"
+
+
+def test_predict_does_not_stop_at_the_rows_that_training_was_given(command: Command) -> None:
+    raw = yaml.safe_load(Path("own.yaml").read_text())
+    Path("model").unlink()
+    Path("run").mkdir()
+    (Path("run") / "config.yaml").write_text(yaml.safe_dump({**raw, "task": {**raw["task"], "rows": 12}}))
+    (Path("run") / "model").symlink_to(raw["policy"]["model"])
+    assert len(command("predict", "run", "task.jsonl").out.splitlines()) == 48
+
+
+def test_predict_names_the_rows_it_leaves_out(command: Command) -> None:
+    Path("some.jsonl").write_text('{"text": ""}\n{"text": "1 now red"}\nno json\n')
+    said = command("predict", "model", "some.jsonl", "task.prompt={text}", "rollout.max_new_tokens=2")
+    assert len(said.out.splitlines()) == 1
+    assert said.err.startswith("2 bad rows: some.jsonl:1: empty prompt; some.jsonl:3: not JSON")
+
+
+def test_predict_refuses(command: Command, tiny_run: Tiny) -> None:
+    Path("other.jsonl").write_text('{"question": "1 please red"}\n')
+    run = tiny_run.undisturbed
+    assert "other.jsonl has no column 'text'" in refused(command, "predict", run, "other.jsonl")
+    assert "no file others.jsonl; did you mean 'other.jsonl'?" in refused(command, "predict", run, "others.jsonl")
+    assert "there is no folder ./nothing" in refused(command, "predict", "./nothing", "other.jsonl")
+    assert "--output .: Is a directory" in refused(command, "predict", run, "task.jsonl", "--output", ".")
+
+
+def test_replay(command: Command, tiny_run: Tiny) -> None:
+    said = command("replay", tiny_run.undisturbed, "--weights", "match=0, length=1")
+    assert (said.code, said.err) == (0, "")
+    assert "of samples, by step" in said.out
+    run = tiny_run.undisturbed
+    assert "no such component; did you mean 'match'?" in refused(command, "replay", run, "--weights", "mach=1")
+    assert "write it as name=number,name=number" in refused(command, "replay", run, "--weights", "match")
+    assert "is not a finite number" in refused(command, "replay", run, "--weights", "match=nan")
+    assert "model is no run directory" in refused(command, "replay", "model", "--weights", "match=1")
+
+
+def test_report(command: Command, tiny_run: Tiny) -> None:
+    said = command("report", tiny_run.undisturbed)
+    assert said == (0, f"{tiny_run.undisturbed / 'report.html'}\n", "")
+    assert "model is no run directory" in refused(command, "report", "model")
+
+
+def test_rewards_list(command: Command) -> None:
+    said = command("rewards", "list")
+    assert said.code == 0
+    for name in ("bleu", "chrf", "ter", "rouge", "exact_match", "token_f1", "length", "vocab", "regex", "sentiment"):
+        assert f" {name} " in said.out
+    assert "smooth_method='exp'" in said.out
+
+
+def not_a_number(completions: list[str], **columns: Any) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
+def shouts(completions: list[str], **columns: Any) -> list[float | None]:
+    """1 for capitals, no value for nothing, an error for a question."""
+    return [{"": None, "?": float("nan")}.get(text, float(text.isupper())) for text in completions]
+
+
+def completions_file(rows: list[dict[str, Any]]) -> str:
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "answers.jsonl"
+
+
+def test_rewards_score_shows_values_and_failures(command: Command) -> None:
+    texts = ["HI", "hi", "", "?"]
+    file = completions_file([{"completion": text, "reference": "HI"} for text in texts])
+    said = command(
+        "rewards", "score", file, "--use", "test_cli:shouts", "--use", "exact_match",
+        "rewards.components.exact_match.args.normalize=false", "--output", "scores.jsonl",
+    )  # fmt: skip
+    assert (said.code, said.err) == (0, "")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.out.splitlines() if "│" in line]
+    assert [row[:5] for row in cells] == [
+        ["shouts", "0.5000", "0.5000", "1", "1"],
+        ["exact_match", "0.2500", "0.4330", "0", "0"],
+    ]
+    assert "shouts: returned the value nan" in said.out
+    rows = read_jsonl(Path("scores.jsonl"))
+    assert [row["completion"] for row in rows] == texts
+    assert [row["rewards"] for row in rows] == [
+        {"shouts": 1.0, "exact_match": 1.0},
+        {"shouts": 0.0, "exact_match": 0.0},
+        {"shouts": None, "exact_match": 0.0},
+        {"shouts": None, "exact_match": 0.0},
+    ]
+    assert [row["status"]["shouts"] for row in rows] == ["ok", "ok", "not_applicable", "error"]
+
+
+def test_rewards_score_with_a_config(command: Command) -> None:
+    file = completions_file([{"answer": "red", "colour": "red"}, {"answer": "red red blue", "colour": "red"}])
+    said = command("rewards", "score", file, "--config", "own.yaml", "--completion", "answer", "--output", "s.jsonl")
+    assert (said.code, said.err) == (0, "")
+    rewards = [row["rewards"] for row in read_jsonl(Path("s.jsonl"))]
+    assert rewards == [{"match": 1.0, "length": pytest.approx(1 / 3)}, {"match": pytest.approx(2 / 3), "length": 1.0}]
+
+
+def test_rewards_score_needs_no_recipe_that_could_run(command: Command) -> None:
+    file = completions_file([{"completion": "a tool", "synopsis": "a tool"}])
+    assert command("rewards", "score", file, "--config", "synopsis").code == 0
+
+
+def needs_prompt(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
+    return [float(prompt == "ask: 1") for prompt in prompts]
+
+
+def test_rewards_score_passes_prompts_where_the_file_has_them(command: Command) -> None:
+    file = completions_file([{"completion": "x", "n": 1}, {"completion": "y", "n": 2}])
+    for template, mean in (("ask: {n}", "0.5000"), ("ask: {m}", "0.0000")):
+        said = command("rewards", "score", file, "--use", "test_cli:needs_prompt", f"task.prompt={template}")
+        assert mean in said.out
+
+
+def test_rewards_score_refuses(command: Command) -> None:
+    file = completions_file([{"completion": "x"}])
+    assert "--use (repeated), or with --config" in refused(command, "rewards", "score", file)
+    assert "did you mean 'chrf'?" in refused(command, "rewards", "score", file, "--use", "chff")
+    assert "needs a column 'reference'" in refused(command, "rewards", "score", file, "--use", "chrf")
+    assert "answers.jsonl has no column 'text'; --completion names one of completion" in refused(
+        command, "rewards", "score", file, "--use", "length", "--completion", "text"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("trian own.yaml", "No such command 'trian'. Did you mean 'train'?"),
+        ("train own.yaml --outptu x", "No such option: --outptu"),
+        ("train", "Missing argument 'RECIPE|FILE'"),
+        ("replay run", "Missing option '--weights'"),
+    ],
+)
+def test_a_mistyped_command_line(command: Command, arguments: str, expected: str) -> None:
+    said = command(*arguments.split())
+    assert said.code == 2
+    assert expected in said.err
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Nothing but the error reaches the terminal, and the shell sees it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "rl_llm.cli", "train", "quickstrat"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.splitlines()[0].startswith("error: no recipe 'quickstrat'; did you mean 'quickstart'?")
+    assert list(tmp_path.iterdir()) == []

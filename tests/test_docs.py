@@ -1,0 +1,87 @@
+"""The documentation keeps up with the code: every key with its default, every example valid, every link alive."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from rl_llm.config import ComponentConfig, GateConfig, RunConfig, build_config
+from rl_llm.overrides import read_yaml
+from rl_llm.rewards import known
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
+
+
+def documented() -> dict[str, str]:
+    """Each key in the tables of configuration.md and what stands as its default."""
+    rows = ROW.findall((ROOT / "docs" / "configuration.md").read_text())
+    return {key: default for key, _, default, _ in rows}
+
+
+def defaults(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of a section and of those in it, with its default."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from defaults(field.annotation, f"{key}.")
+        else:
+            default = field.default
+            yield key, list(default) if isinstance(default, tuple) else default
+
+
+@pytest.mark.parametrize("model", [RunConfig, ComponentConfig, GateConfig])
+def test_every_key_is_documented_with_its_default(model: type[BaseModel]) -> None:
+    found = documented()
+    for key, default in defaults(model):
+        assert key in found, f"docs/configuration.md lacks {key}"
+        if key == "use":
+            assert found[key] == "the name"
+        elif default is PydanticUndefined:
+            assert found[key] == "required"
+        else:
+            assert read_yaml(found[key].strip("`")) == default, f"docs/configuration.md has another default for {key}"
+
+
+def test_no_key_is_documented_that_does_not_exist() -> None:
+    keys = {key for model in (RunConfig, ComponentConfig, GateConfig) for key, _ in defaults(model)}
+    assert set(documented()) - keys == set()
+
+
+def blocks(language: str) -> list[Any]:
+    found = []
+    for page in PAGES:
+        for number, text in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)):
+            found.append(pytest.param(text, id=f"{page.name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_examples_are_configs(text: str) -> None:
+    raw = yaml.safe_load(text)
+    assert set(raw) <= set(RunConfig.model_fields)
+    # An excerpt shows some sections; what a run cannot do without is put beside it.
+    raw.setdefault("rewards", {}).setdefault("components", ["chrf"])
+    raw.setdefault("policy", {"model": "owner/model"})
+    config = build_config(raw)
+    for component in [*config.rewards.components.values(), *config.evaluation.metrics.values()]:
+        assert ":" in component.use or component.use in known()
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_examples_compile(text: str) -> None:
+    ast.parse(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
