@@ -182,7 +182,9 @@ def constant_reward(config: RunConfig) -> RunConfig:
 def _open_directory(config: RunConfig, path: Path, resume: bool, console: Console) -> Path | None:
     """The checkpoint to go on from, or None to begin. Raises `UserError` where the directory holds another run."""
     if not (path / "config.yaml").is_file():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # A run killed while it made its directory has left nothing worth keeping.
+        unborn = {"rollouts", "metrics.jsonl", "eval.jsonl", "failures.jsonl", ".config.yaml.partial"}
+        if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= unborn):
             raise UserError(f"--output {path} exists and is no run directory; name another one")
         return None
     if not resume:

@@ -182,7 +182,9 @@ class Trainer:
     def _validate(self) -> None:
         tune = held_out(self.task.splits["tune"], self.config.evaluation.prompts)
         evaluation = self.evaluator.evaluate(tune, "tune", "validation", self.steps_done)
-        if self.progress.note(evaluation.line["metrics"]["utility"]["mean"], self.steps_done):
+        better = self.progress.note(evaluation.line["metrics"]["utility"]["mean"], self.steps_done)
+        # The first policy is kept even without a utility: it is the best until there is another.
+        if better or self.steps_done == 0:
             with checkpoint.writing(self._best(self.steps_done)) as aside:
                 self.crew.learner.call("save_weights", str(aside / "weights.safetensors"))
         self.journal.evaluation(self, evaluation.line)

@@ -172,6 +172,16 @@ def test_ends_of_the_unit_interval_draw_the_first_and_the_last_token_there_is() 
     assert draw(scores, ends, tiny.greedy(temperature=1.0), []).tokens.tolist() == [10, 519]
 
 
+@pytest.mark.parametrize("vocab", [200, 256, 500])
+def test_draw_stays_within_the_vocabulary_however_its_sums_round(vocab: int) -> None:
+    # So wide apart that sums of the weights are not exact even in float64.
+    scores = 8 * logits(3000, vocab)
+    almost_one = torch.full((3000,), np.nextafter(1.0, 0.0), dtype=torch.float64)
+    drawn = draw(scores.clone(), almost_one, tiny.greedy(temperature=1.0), [])
+    assert int(drawn.tokens.max()) < vocab
+    assert torch.isfinite(drawn.logprobs).all()
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "banned"), [(0.7, 0, []), (1.0, 7, []), (0.9, 12, []), (1.0, 0, [3, 4]), (0.8, 9, [0])]
 )

@@ -227,3 +227,12 @@ def test_weights_travel_to_a_replica_and_back_through_a_file(tiny_run: Tiny, sha
     learner.update(columns(shard), 1, None, shard)
     learner.load_weights(str(tmp_path / "weights.safetensors"))
     assert same(snapshot(learner), trained)
+
+
+def test_adapters_of_two_processes_start_alike(tiny_run: Tiny) -> None:
+    first = CausalLM(tiny_run.policy, PolicyConfig(trainable="lora"))
+    torch.rand(7)  # wherever the generator stands, which is left there
+    state = torch.get_rng_state()
+    second = CausalLM(tiny_run.policy, PolicyConfig(trainable="lora"))
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_array_equal(first.export_weights(), second.export_weights())

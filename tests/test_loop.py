@@ -21,6 +21,7 @@ from rl_llm.logger import Callback, read_jsonl
 from rl_llm.policies import CausalLM
 from rl_llm.rollout.engine import generate
 from rl_llm.run import Run
+from rl_llm.tasks import load_task
 from rl_llm.trainer import prompts_of_step
 
 Reward = Callable[..., list[Any]]
@@ -223,6 +224,19 @@ def test_rows_without_any_value_have_no_reward_and_no_advantage(tiny_run: Tiny, 
             assert row["advantage"] == 0
     trained = sum(len(row["completion_ids"]) for row in rows if row["reward"] is not None)
     assert run.metrics["tokens/trained"].tolist() == [trained]
+
+
+def test_run_without_any_value_on_the_tune_split_keeps_the_first_policy(tiny_run: Tiny, tmp_path: Path) -> None:
+    config = tiny_run.config(rewards={"components": {"elsewhere": {"use": "function:elsewhere"}}}, trainer={"steps": 2})
+    tune = set(load_task(config.task, 0).splits["tune"]["prompt"].to_pylist())
+
+    def elsewhere(completions: list[str], prompts: list[str], **columns: Any) -> list[float | None]:
+        return [None if prompt in tune else len(text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    run = tiny.train(config, tmp_path / "run", functions={"elsewhere": elsewhere})
+    assert run.evaluations[0]["metrics"]["utility"]["mean"] is None
+    assert (run.status, run.summary["best_step"]) == ("finished", 0)
+    tiny.assert_same_weights(run.model, tiny_run.policy)
 
 
 class After(Callback):
