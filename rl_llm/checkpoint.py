@@ -58,17 +58,17 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if _digest(path) != digest:
             return f"{name} is damaged"
-    return None if STATE in manifest else f"{STATE} is missing"
+    return None
 
 
-def find(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and a line for each newer one that was refused."""
-    refused: list[str] = []
+def find(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint in `folder`, and each newer one that was refused with the reason."""
+    refused: list[tuple[Path, str]] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         problem = damage(path)
         if problem is None:
             return path, refused
-        refused.append(f"checkpoint {path.name} is refused: {problem}")
+        refused.append((path, problem))
     return None, refused
 
 

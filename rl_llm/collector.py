@@ -1,14 +1,14 @@
 """Sampling and scoring together: rollout requests go out, and each shard is scored as soon as it is there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rl_llm.config import ComponentConfig, ResourcesConfig
-from rl_llm.rewards import GIVE_UP_AFTER, Scores
+from rl_llm.config import ResourcesConfig
+from rl_llm.rewards import FAILED, GIVE_UP_AFTER, Scores
 from rl_llm.rollout import RolloutRequest, SamplingParams
 from rl_llm.table import ERROR, TIMEOUT
 from rl_llm.workers import Outcome, Pool, Request, as_completed, share
@@ -31,20 +31,26 @@ class Collected:
 
 @dataclass
 class _Lost:
-    """A component's batch that was lost with its worker, being tried again row by row."""
+    """A component's batch that was lost with its worker, being tried again row by row; `status`, `message`: why."""
 
+    status: str
+    message: str
     rows: list[Scores | None]
     waiting: int = 0
 
 
 class Collector:
-    """Turns prompts into scored rollouts with a pool of rollout workers and a pool of reward workers."""
+    """Turns prompts into scored rollouts with a pool of rollout workers and a pool of reward workers.
+
+    Args:
+        deadlines: seconds a request may take, by component; see `rl_llm.rewards.deadline_s`.
+    """
 
     def __init__(
-        self, rollouts: Pool, rewards: Pool, components: Mapping[str, ComponentConfig], resources: ResourcesConfig
+        self, rollouts: Pool, rewards: Pool, deadlines: Mapping[str, float], resources: ResourcesConfig
     ) -> None:
         self.rollouts, self.rewards = rollouts, rewards
-        self.components = components
+        self.deadlines = deadlines
         self.resources = resources
 
     def collect(
@@ -120,7 +126,7 @@ class _Batch:
 
     def _ask(self, index: int, component: str, row: int | None = None) -> None:
         id = f"{self.name}/{index} {component}" + ("" if row is None else f" row {row}")
-        limit = self.collector.components[component].timeout_s
+        limit = self.collector.deadlines[component]
         args = (component, self.shards[index], row)
         self.rows_sent[id] = (index, component, -1 if row is None else row)
         self.collector.rewards.submit(Request(id, "score", args, limit))
@@ -133,7 +139,9 @@ class _Batch:
         if row < 0 and outcome.error is None:
             self.scores[index, component] = outcome.value
         elif row < 0:
-            lost = self.lost[index, component] = _Lost([None] * self.summaries[index].num_rows)
+            cause = _failed(outcome)
+            rows = self.summaries[index].num_rows
+            lost = self.lost[index, component] = _Lost(cause.status[0], cause.errors[0], [None] * rows)
             self._retry(index, component, lost, range(min(GIVE_UP_AFTER, len(lost.rows))))
         elif lost is not None:
             lost.rows[row] = outcome.value if outcome.error is None else _failed(outcome)
@@ -150,11 +158,14 @@ class _Batch:
         """All rows asked are back: ask for the others, unless there are none or every one of these failed."""
         tried = [scores for scores in lost.rows if scores is not None]
         rest = range(len(tried), len(lost.rows))
-        if rest and any(scores.status[0] not in (ERROR, TIMEOUT) for scores in tried):
+        if rest and any(scores.status[0] not in FAILED for scores in tried):
             self._retry(index, component, lost, rest)
             return
         given_up = Scores.failed(len(rest), tried[0].status[0], tried[0].errors[0]) if rest else None
-        self.scores[index, component] = Scores.merge([*tried, *([given_up] if given_up else [])])
+        scores = Scores.merge([*tried, *([given_up] if given_up else [])])
+        if not any(status in FAILED for status in scores.status):
+            scores = replace(scores, errors=[lost.message], retried=dict.fromkeys(range(len(lost.rows)), lost.status))
+        self.scores[index, component] = scores
 
     def result(self) -> Collected:
         order = sorted(self.summaries)

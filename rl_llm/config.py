@@ -266,6 +266,9 @@ class RewardsConfig(Section):
 Aggregation = Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean"]
 
 
+_UNCLIPPED = "without effect while a batch is one update: its probability ratio is exactly 1"
+
+
 class KLConfig(Section):
     coef: float = Field(0.0, ge=0, description="0: no reference policy is kept")
     estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -273,8 +276,8 @@ class KLConfig(Section):
 
 class AlgorithmConfig(Section):
     name: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    clip_low: float | None = Field(None, gt=0, description="empty: the preset's own")
-    clip_high: float | None = Field(None, gt=0, description="empty: the preset's own")
+    clip_low: float | None = Field(None, gt=0, description=f"empty: the preset's own; {_UNCLIPPED}")
+    clip_high: float | None = Field(None, gt=0, description=f"empty: the preset's own; {_UNCLIPPED}")
     aggregation: Aggregation | None = Field(None, description="empty: the preset's own")
     kl: KLConfig = KLConfig()
 

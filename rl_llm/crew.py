@@ -1,13 +1,14 @@
 """The workers of a run: learner, rollout and reward pools, in this process or as Ray actors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from rl_llm.collector import Collector
 from rl_llm.config import ComponentConfig, RunConfig
 from rl_llm.learner.learner import Learner
-from rl_llm.rewards import RewardWorker
+from rl_llm.rewards import RewardWorker, deadline_s
 from rl_llm.rollout import RolloutWorker
 from rl_llm.workers import Factory, Pool, Request, as_completed, share
 
@@ -34,12 +35,13 @@ class Crew:
             UserError: the cluster has no room for the actors, or the model cannot be loaded.
         """
         resources = config.resources
+        # First, for it may refuse the config, and there is nothing to give back yet.
+        here = Learner(config, base) if resources.num_learners == 0 else None
         self._placement: Any = None
         if resources.uses_ray:
             from rl_llm.cluster import Placement
 
             self._placement = Placement(resources)
-        here = Learner(config, base) if resources.num_learners == 0 else None
         shared = here.policy if here is not None and resources.num_rollout_workers == 0 else None
 
         def factory(kind: str, cls: Callable[..., Any], *args: Any) -> Factory:
@@ -66,7 +68,8 @@ class Crew:
             resources.num_reward_workers,
             max_attempts=resources.max_attempts,
         )
-        self.collector = Collector(self.rollouts, self.rewards, components, resources)
+        deadlines = {name: deadline_s(config, functions.get(name)) for name, config in components.items()}
+        self.collector = Collector(self.rollouts, self.rewards, deadlines, resources)
         self._one_policy = shared is not None
         self._remote_rollouts = resources.num_rollout_workers > 0
         self.weights: Any = None
@@ -87,6 +90,15 @@ class Crew:
     def restarts(self) -> dict[str, int]:
         """Workers replaced so far, by pool."""
         return {pool.name: pool.counters["restarts"] for pool in (self.rollouts, self.rewards)}
+
+    @contextmanager
+    def closing_on_error(self) -> Iterator[None]:
+        """Actors and their room outlive an exception otherwise, where Ray is somebody else's."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         for pool in (self.rollouts, self.rewards, self.learner):

@@ -54,7 +54,9 @@ class Utility:
         """Take the base statistics from the untrained policy's values per prompt."""
         for name in self.weights:
             there = values[name][~np.isnan(values[name])]
-            self.base[name] = (float(there.mean()), float(there.std()) or 1.0) if len(there) else (0.0, 1.0)
+            spread = float(there.std()) if len(there) else 0.0
+            # Equal values have a spread of rounding errors, which would make a mountain of any change.
+            self.base[name] = (float(there.mean()) if len(there) else 0.0, spread if spread > 1e-9 else 1.0)
 
     def per_prompt(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """[N]; a metric without a value for a prompt adds nothing there, a prompt without any is NaN."""
@@ -130,7 +132,9 @@ class Evaluator:
             name, prompts, self.params, self.request_rows, first, crew.version, crew.weights, names
         )
         prompt_ids = found.summary["prompt_id"].to_numpy()
-        settled = settle(self.components, found.scores, prompt_ids, step, self.on_failure)
+        settled = settle(
+            self.components, found.scores, prompt_ids, step, lambda record: self.on_failure({**record, "label": label})
+        )
         values = {metric: component.values for metric, component in settled.items()}
         if self.utility is not None:
             if not self.utility.base:

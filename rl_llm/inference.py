@@ -14,14 +14,14 @@ from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, b
 from rl_llm.crew import Crew
 from rl_llm.errors import UserError
 from rl_llm.evaluation import Evaluator, held_out
-from rl_llm.plan import check_components, check_model, load_tokenizer, read_task
+from rl_llm.plan import check_components, check_model, load_tokenizer, read_task, registered_here
 from rl_llm.rewards import Component, Scores
 from rl_llm.rollout import SamplingParams
 from rl_llm.run import Run
 from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT
 from rl_llm.tasks import Task, describe_bad_rows, load_prompts
 from rl_llm.tasks.prompts import template_columns
-from rl_llm.workers import fetch
+from rl_llm.workers import connected, fetch
 
 Note = Callable[[str], None]
 """Is told in a line what went wrong with rows: bad ones, failed rewards."""
@@ -58,21 +58,13 @@ def _crew(
 ) -> Iterator[Crew]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    started = False
-    if config.resources.uses_ray:
-        from rl_llm.cluster import connect
-
-        started = connect(config.resources)
-    crew = Crew(config, _model(config), components, functions)
-    try:
-        crew.publish(0)
-        yield crew
-    finally:
-        crew.close()
-        if started:
-            import ray
-
-            ray.shutdown()
+    with connected(config.resources):
+        crew = Crew(config, _model(config), components, functions)
+        try:
+            crew.publish(0)
+            yield crew
+        finally:
+            crew.close()
 
 
 def _model(config: RunConfig) -> str:
@@ -101,7 +93,7 @@ def evaluate(
     Returns:
         Every component's mean and 95 % interval, `{name: {mean, low, high}}`, and the number of prompts.
     """
-    functions = functions or {}
+    functions = {**registered_here(config), **(functions or {})}
     task = read_task(config)
     if split not in task.splits:
         raise UserError(f"--split {split}: choose one of {', '.join(task.splits)}")
@@ -110,7 +102,8 @@ def evaluate(
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
 
     def failed(record: dict[str, Any]) -> None:
-        note(f"{record['component']} failed on {record['rows']} rows, {record['status']}: {record['message']}")
+        failed = "failed at first" if record["outcome"] == "retried" else "failed"
+        note(f"{record['component']} {failed} on {record['rows']} rows, {record['status']}: {record['message']}")
 
     components, size = _components(config), config.rollout.request_rows
     prompts = held_out(task.splits[split], config.evaluation.test_prompts)

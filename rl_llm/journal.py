@@ -59,7 +59,7 @@ class Journal:
         self._failures.write(record)
         if record["outcome"] != "raise":
             rows = f"{record['rows']} row{'s' if record['rows'] > 1 else ''}"
-            what = "masked" if record["outcome"] == "mask" else "imputed"
+            what = {"mask": "masked", "impute": "imputed", "retried": "fine one by one"}[record["outcome"]]
             self.console.message(f"{record['component']}: {rows} {what}, {record['status']}: {record['message']}")
 
     def summary(self, summary: dict[str, Any]) -> None:

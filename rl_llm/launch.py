@@ -2,8 +2,10 @@
 
 import os
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,19 +18,23 @@ from rl_llm import checkpoint
 from rl_llm.config import RunConfig, build_config
 from rl_llm.console import Console, make_console
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.learner.warm_start import base_path, build_base, needs_base
+from rl_llm.evaluation import Progress
+from rl_llm.learner.warm_start import BaseBuilder, base_path, build_base, needs_base
 from rl_llm.logger import Callback, sinks, to_json
 from rl_llm.plan import Plan, describe, load_tokenizer, make_plan
 from rl_llm.run import Run
 from rl_llm.tasks import Task, describe_bad_rows
-from rl_llm.trainer import Interrupted, Trainer, utility_weights
+from rl_llm.trainer import Interrupted, Trainer
+from rl_llm.workers import Factory, Pool, connected
 
-# What may differ between a run and its resumption: none of it changes what the remaining steps are made of, save
-# weights, which are meant to be changed.
+# What may differ between a run and its resumption: none of it changes what a step is made of, save weights, which are
+# meant to be changed, and the number of steps where the learning rate follows it.
 MAY_CHANGE = (
-    *(f"evaluation.{key}" for key in ("every", "patience", "samples", "controls", "test_prompts")),
+    *(f"evaluation.{key}" for key in ("every", "patience", "samples", "controls")),
     *("checkpoint", "logging", "resources", "rewards.weights", "trainer.steps"),
 )
+# Floats follow the number of threads.
+MAY_NOT_CHANGE = ("resources.threads",)
 LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
 
 
@@ -61,47 +67,45 @@ def run_training(
     all_callbacks = [*sinks(config.logging), *callbacks]
     plan = make_plan(config, functions or {}, task)
     state = _open_directory(config, path, resume, console)
-    if resume and _complete(path, config):
+    if resume and _complete(path, config, state):
         console.message(f"{path} is complete already")
         return Run(path)
-    started = False
-    if config.resources.uses_ray:
-        from rl_llm.cluster import connect
-
-        started = connect(config.resources)
     try:
-        return _run(plan, path, state, all_callbacks, console)
+        with connected(config.resources), _terminable():
+            return _run(plan, path, state, all_callbacks, console)
     finally:
         console.close()
-        if started:
-            import ray
-
-            ray.shutdown()
 
 
 def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callback], console: Console) -> Run:
-    config, start = plan.config, time.monotonic()
+    config = plan.config
     console.start(describe(plan), config.trainer.steps, checkpoint.load_state(state)["steps_done"] if state else 0)
     base = ensure_base(config, plan.task, console)
     if config.policy.model is None:
         plan.task.tokenize(load_tokenizer(base))
     trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
     _write_config(config, path)
+    # One of an earlier session would say of a run under way that it had ended.
+    (path / "summary.json").unlink(missing_ok=True)
     _note_bad_rows(plan.task, path, console)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
     try:
-        summary["status"] = trainer.fit()
-        if summary["status"] == "stopped_early":
-            summary["reason"] = f"no better utility in {config.evaluation.patience} validations"
+        status = trainer.fit()
         trainer.export_best()
         summary["after"] = trainer.test("after").line["metrics"]
         if "supervised" in config.evaluation.controls:
             console.message("control: continued supervised warm start on the same number of tokens")
             summary["controls"]["supervised"] = trainer.continue_warm_start()
+        summary["status"] = status
+        if status == "stopped_early":
+            summary["reason"] = f"no better utility in {config.evaluation.patience} validations"
     except Interrupted:
         summary["status"], summary["reason"] = "interrupted", "asked to stop"
         trainer.export_best()
         raise
+    except KeyboardInterrupt:
+        summary["status"], summary["reason"] = "interrupted", "stopped at once; the last checkpoint stands"
+        raise Interrupted from None
     except RunFailed as error:
         summary["reason"] = str(error)
         raise
@@ -115,27 +119,31 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
             "before": trainer.before,
             "bad_rows": len(plan.task.bad_rows),
             "restarts": trainer.crew.restarts(),
-            "seconds": time.monotonic() - start,
+            "seconds": trainer.seconds,
         }
         _finish(trainer, summary)
     if "constant_reward" in config.evaluation.controls:
         console.message("control: reinforcement learning with a constant reward")
         folder = path / "controls" / "constant_reward"
+        settings = constant_reward(config, trainer.utility.weights)
         control = run_training(
-            constant_reward(config), folder, resume=True, functions=plan.functions, task=plan.task, console=Console()
+            settings, folder, resume=True, functions=plan.functions, task=plan.task, console=Console()
         )
         measured = control.summary["after"]
         summary["controls"]["constant_reward"] = {name: measured[name] for name in summary["after"]}
         trainer.journal.summary(summary)
+        Run(path).report()
     return Run(path)
 
 
 def _finish(trainer: Trainer, summary: dict[str, Any]) -> None:
     """Leave the directory complete, however the run ended."""
-    trainer.journal.summary(summary)
-    for callback in trainer.journal.callbacks:
-        callback.on_end(trainer, summary)
-    trainer.close()
+    try:
+        trainer.journal.summary(summary)
+        for callback in trainer.started:
+            callback.on_end(trainer, summary)
+    finally:
+        trainer.close()
     Run(trainer.path).report()
 
 
@@ -150,26 +158,28 @@ def ensure_base(config: RunConfig, task: Task, console: Console) -> str:
     elif config.resources.num_learners == 0:
         build_base(config, task, folder, console.message)
     else:
-        import ray
-
         console.message("warm start: under way with the learner's resources")
         resources = config.resources
-        build = ray.remote(num_cpus=resources.num_cpus_per_learner, num_gpus=resources.num_gpus_per_learner)(build_base)
-        ray.get(build.remote(config, task, folder, print))
+        room = {"num_cpus": resources.num_cpus_per_learner, "num_gpus": resources.num_gpus_per_learner}
+        builder = Pool("warm start", Factory(BaseBuilder, (), resources.threads, lambda index: room), 1, max_attempts=1)
+        try:
+            builder.call("build", config, task, folder)
+        finally:
+            builder.close()
     return str(folder)
 
 
-def constant_reward(config: RunConfig) -> RunConfig:
+def constant_reward(config: RunConfig, utility: dict[str, float]) -> RunConfig:
     """The same run with nothing to learn from: a constant reward, measured by the same metrics and utility."""
     measured = {
         name: component.model_copy(update={"gate": None})
         for name, component in {**config.rewards.components, **config.evaluation.metrics}.items()
     }
     raw = config.model_dump(mode="json", by_alias=True)
-    raw["rewards"] |= {"components": {"constant": {"use": "constant"}}, "weights": {}}
+    raw["rewards"] |= {"components": {"constant_control": {"use": "constant"}}, "weights": {}}
     raw["evaluation"] |= {
         "metrics": {name: component.model_dump(mode="json") for name, component in measured.items()},
-        "utility": utility_weights(config),
+        "utility": utility,
         "controls": [],
         "patience": None,
         "every": config.trainer.steps,
@@ -191,8 +201,9 @@ def _open_directory(config: RunConfig, path: Path, resume: bool, console: Consol
         raise UserError(f"{path} holds a run already; add --resume to go on with it, or name another --output")
     _refuse_changes(Run(path).config, config, path)
     state, refused = checkpoint.find(path / "checkpoints")
-    for line in refused:
-        console.message(line)
+    for folder, problem in refused:
+        console.message(f"checkpoint {folder.name} is refused: {problem}")
+        folder.rename(folder.with_name(f"refused-{folder.name}"))
     if state is None:
         console.message(f"{path} has no whole checkpoint; beginning anew")
     return state
@@ -211,7 +222,7 @@ def _refuse_changes(old: RunConfig, new: RunConfig, path: Path) -> None:
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+        and (key in MAY_NOT_CHANGE or not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE))
     ]
     if changed:
         raise UserError(
@@ -227,13 +238,33 @@ def _note_bad_rows(task: Task, path: Path, console: Console) -> None:
         console.message(f"bad rows   {describe_bad_rows(task.bad_rows)}; all in {path / 'bad_rows.jsonl'}")
 
 
-def _complete(path: Path, config: RunConfig) -> bool:
+def _complete(path: Path, config: RunConfig, state: Path | None) -> bool:
     """Whether nothing is left to do: the run ended by itself, at these steps, with every control made."""
-    summary = Run(path).summary if (path / "config.yaml").is_file() else {}
-    ended = summary.get("status") == "stopped_early" or (
+    if state is None:
+        return False
+    summary = Run(path).summary
+    progress = Progress(**checkpoint.load_state(state)["progress"])
+    ended = (summary.get("status") == "stopped_early" and progress.exhausted(config.evaluation.patience)) or (
         summary.get("status") == "finished" and summary["steps"] >= config.trainer.steps
     )
     return ended and set(config.evaluation.controls) <= set(summary["controls"])
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM outside the loop (before it, in the last test, in a control) ends the run in order, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _write_config(config: RunConfig, path: Path) -> None:

@@ -19,6 +19,9 @@ from tensorboardX import SummaryWriter
 from rl_llm.config import LoggingConfig, RunConfig
 from rl_llm.errors import UserError
 
+# Evaluations that a run makes when its steps are done; a resumed run makes them again.
+MADE_AT_THE_END = ("after", "supervised")
+
 
 class TrainerView(Protocol):
     """What a callback may rely on finding on the trainer it is given."""
@@ -121,7 +124,7 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path, last_step: int = -1) -> None:
-        kept = [row for row in read_jsonl(path) if row["step"] <= last_step]
+        kept = [row for row in read_jsonl(path) if row["step"] <= last_step and row.get("label") not in MADE_AT_THE_END]
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(aside, path)
@@ -172,7 +175,9 @@ class TensorBoard(Callback):
         for index, sample in enumerate(evaluation["samples"]):
             shown = f"{sample['prompt']}\n\n{sample['completion']}\n\n{to_json(sample['rewards'])}"
             indented = "\n".join("    " + line for line in shown.splitlines())  # a code block: text shown as it is
-            self._writer.add_text(f"samples/{evaluation['split']}/{index}", indented, evaluation["step"])
+            self._writer.add_text(
+                f"samples/{evaluation['split']}/{evaluation['label']}/{index}", indented, evaluation["step"]
+            )
         self._writer.flush()
 
     def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
@@ -257,5 +262,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _evaluation_numbers(evaluation: dict[str, Any]) -> dict[str, float]:
-    means = {f"eval/{evaluation['split']}/{name}": entry["mean"] for name, entry in evaluation["metrics"].items()}
+    split = evaluation["split"]
+    # The test split is measured several times at one step: after training, and for a control.
+    where = f"eval/{split}" if split == "tune" else f"eval/{split}/{evaluation['label']}"
+    means = {f"{where}/{name}": entry["mean"] for name, entry in evaluation["metrics"].items()}
     return _numbers(means)

@@ -13,7 +13,7 @@ from rl_llm.console import short
 from rl_llm.errors import UserError
 from rl_llm.learner.warm_start import needs_base, scratch_settings
 from rl_llm.policies import freeze
-from rl_llm.rewards import Component
+from rl_llm.rewards import Component, known
 from rl_llm.tasks import Task, load_task
 
 GIB = 2**30
@@ -29,6 +29,7 @@ class Plan:
 
     Attributes:
         task: loaded, and tokenized where the model is there already.
+        functions: components that travel to reward workers as they are, by name.
         parameters: of the policy, all of them and the trainable ones.
     """
 
@@ -46,12 +47,21 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     """
     check_model(config.policy.model)
     task = task or read_task(config)
+    functions = {**registered_here(config), **functions}
     check_components(config, functions, task)
     if needs_base(config) or "supervised" in config.evaluation.controls:
         task.training_texts(config.warm_start.target)
     if config.policy.model is not None:
         task.tokenize(load_tokenizer(config.policy.model))
     return Plan(config, task, functions, _parameters(config))
+
+
+def registered_here(config: RunConfig) -> dict[str, Callable[..., Any]]:
+    """Components under ids that this process has registered itself, by name: a worker knows built-in ids only."""
+    registered = known()
+    components = {**config.rewards.components, **config.evaluation.metrics}
+    targets = {name: registered[spec.use].target for name, spec in components.items() if spec.use in registered}
+    return {name: target for name, target in targets.items() if not target.__module__.startswith("rl_llm.rewards.")}
 
 
 def read_task(config: RunConfig) -> Task:

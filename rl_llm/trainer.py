@@ -1,6 +1,7 @@
 """The loop: prompts -> rollouts -> rewards -> mixture -> learner -> weights."""
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -20,6 +21,7 @@ from rl_llm.collector import Collected
 from rl_llm.config import RunConfig, value_at
 from rl_llm.console import Console
 from rl_llm.crew import Crew
+from rl_llm.errors import RunFailed
 from rl_llm.evaluation import Evaluation, Evaluator, Progress, Utility, held_out
 from rl_llm.journal import Journal
 from rl_llm.learner.warm_start import supervised_texts
@@ -32,7 +34,7 @@ from rl_llm.tasks import Task
 SUPERVISED_VERSION = -1
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Somebody asked the run to stop (SIGINT, SIGTERM); its state is saved."""
 
 
@@ -73,10 +75,13 @@ class Trainer:
         self.before: dict[str, Any] = {}
         self.steps_done = 0
         self.tokens_trained = 0
+        self.started: list[Callback] = []
+        self._clock_start, self._seconds_before = time.monotonic(), 0.0
         components = {**config.rewards.components, **config.evaluation.metrics}
         self.crew = Crew(config, base, components, functions)
         if state is not None:
-            self._restore(state)
+            with self.crew.closing_on_error():
+                self._restore(state)
         kept = -1 if state is None else self.steps_done
         self.journal = Journal(self.path, kept, config.logging.rollouts, console, callbacks)
         self.evaluator = Evaluator(
@@ -96,10 +101,11 @@ class Trainer:
             Interrupted: on SIGINT or SIGTERM, after the step under way; the state is saved.
             RunFailed: the run cannot go on; the last checkpoint stands.
         """
-        with _stop_requested(self.journal.console) as asked:
+        with _stop_requested() as asked:
             self.crew.publish(self.steps_done)
             for callback in self.journal.callbacks:
                 callback.on_start(self)
+                self.started.append(callback)
             if not self.before:
                 self._begin()
             while self.steps_done < self.config.trainer.steps and not self._exhausted and not asked():
@@ -138,6 +144,7 @@ class Trainer:
         clock.lap("publish")
         return {
             "step": self.steps_done,
+            "temperature": value_at(self.config.rollout.temperature, step),
             **_describe(rollouts, settled, mixed),
             **update,
             **self._timed(rollouts, clock),
@@ -221,6 +228,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "steps_done": self.steps_done,
+            "seconds": self.seconds,
             "tokens_trained": self.tokens_trained,
             "before": self.before,
             "mixture": self.mixture.state_dict(),
@@ -233,6 +241,7 @@ class Trainer:
         state = checkpoint.load_state(folder)
         self.crew.learner.call("load_state", str(folder))
         self.steps_done, self.tokens_trained = state["steps_done"], state["tokens_trained"]
+        self._seconds_before = state["seconds"]
         self.before = state["before"]
         # Weights given anew on resuming go before those that were live when the checkpoint was made.
         configured = self.config.model_dump(mode="json")["rewards"]["weights"]
@@ -247,6 +256,9 @@ class Trainer:
     def export_best(self) -> None:
         """Put the best policy's weights in place and leave it as `model/`, a folder that `transformers` loads."""
         best = self.progress.best_step
+        problem = checkpoint.damage(self._best(best))
+        if problem is not None:
+            raise RunFailed(f"the best policy, {self._best(best)}, cannot be used: {problem}")
         self.crew.learner.call("load_weights", str(self._best(best) / "weights.safetensors"))
         self.crew.publish(best)
         with checkpoint.writing(self.path / "model") as aside:
@@ -262,6 +274,11 @@ class Trainer:
         self.crew.learner.call("supervise", prompts, targets, self.tokens_trained)
         self.crew.publish(SUPERVISED_VERSION)
         return self.test("supervised").line["metrics"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run, that of the sessions it was resumed from included."""
+        return self._seconds_before + time.monotonic() - self._clock_start
 
     def close(self) -> None:
         self.crew.close()
@@ -335,7 +352,7 @@ class _Clock:
 
 
 @contextmanager
-def _stop_requested(console: Console) -> Iterator[Callable[[], bool]]:
+def _stop_requested() -> Iterator[Callable[[], bool]]:
     """Turns a first SIGINT or SIGTERM into a question the loop asks between steps; a second one interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -347,7 +364,8 @@ def _stop_requested(console: Console) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        console.message("stopping after this step; once more to stop at once")
+        # A handler may interrupt a print, and a print within a print fails.
+        os.write(2, b"stopping after this step; once more to stop at once\n")
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -20,9 +20,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from rl_llm.config import ResourcesConfig
 from rl_llm.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -329,6 +331,24 @@ def fetch(values: Sequence[Any]) -> list[Any]:
     """The values themselves: references from actors are resolved, what is plain already passes through."""
     ray = sys.modules.get("ray")
     return [ray.get(value) if ray is not None and isinstance(value, ray.ObjectRef) else value for value in values]
+
+
+@contextmanager
+def connected(resources: ResourcesConfig) -> Iterator[None]:
+    """Ray for as long as a config with workers needs it; what was there before stays."""
+    if not resources.uses_ray:
+        yield
+        return
+    import ray
+
+    from rl_llm.cluster import connect
+
+    started = connect(resources)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def share(value: Any) -> Any:

@@ -110,6 +110,23 @@ def test_hanging_reward_is_masked_row_by_row(tiny_run: Tiny, ray_session: None, 
     assert run.status == "finished"
 
 
+def test_async_reward_is_cancelled_and_its_worker_lives(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
+    first = Run(tiny_run.undisturbed).rollouts(1)["prompt"][0].as_py()
+    slow = {"use": "tiny_rewards:hanging_async", "args": {"on": first}, "timeout_s": 0.5}
+    config = tiny_run.config(
+        **resources(reward_workers=1),
+        rollout={"prompts_per_step": 6, "samples_per_prompt": 2, "rows_per_request": 4, "max_new_tokens": 5},
+        rewards={"components": {"slow": slow}},
+        trainer={"steps": 1},
+    )
+
+    run = tiny.train(config, tmp_path / "run")
+
+    late = [prompt == first for prompt in run.rollouts(1)["prompt"].to_pylist()]
+    assert run.rollouts(1)["status/slow"].to_pylist() == ["timeout" if hung else "ok" for hung in late]
+    assert run.summary["restarts"]["reward"] == 0
+
+
 def test_function_given_in_python_scores_in_a_reward_worker(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
     here = os.getpid()
 
@@ -131,3 +148,20 @@ def test_function_given_in_python_scores_in_a_reward_worker(tiny_run: Tiny, ray_
 
     assert run.rollouts(1)["reward/elsewhere"].to_pylist() == [1.0] * 4
     assert run.metrics["weights/length"].tolist() == [-0.5]
+
+
+def test_component_registered_in_this_process_scores_in_a_reward_worker(
+    tiny_run: Tiny, ray_session: None, tmp_path: Path
+) -> None:
+    here = os.getpid()
+
+    @rl_llm.reward("registered_elsewhere", range=(0, 1))
+    def elsewhere(completions: list[str], *, most: float, **columns: Any) -> list[float]:
+        return [most * float(os.getpid() != here)] * len(completions)
+
+    spec = {"use": "registered_elsewhere", "args": {"most": 0.5}}
+    config = tiny_run.config(
+        **resources(reward_workers=1), rewards={"components": {"mine": spec}}, trainer={"steps": 1}
+    )
+    run = tiny.train(config, tmp_path / "run")
+    assert run.rollouts(1)["reward/mine"].to_pylist() == [0.5] * 24

@@ -76,6 +76,23 @@ def test_kl_estimators(estimator, expected):
     close(losses.aggregate(losses.kl(NEW, REF, estimator), MASK, "token_mean", DIVISOR), expected, rel=1e-10)
 
 
+def test_gradient_of_kl_estimators_as_losses():
+    """Expected over the policy itself: that of the KL for k2, of the reverse KL for k3 and none for k1."""
+    reference = f64([0.3, -0.2, 0.9, 0.1]).log_softmax(dim=0)
+
+    def gradient(loss):
+        logits = f64([0.5, 1.0, -0.3, 0.0]).requires_grad_()
+        loss(logits.log_softmax(dim=0)).backward()
+        return logits.grad
+
+    def expected(estimator):
+        return gradient(lambda lp: (lp.exp().detach() * losses.kl(lp, reference, estimator)).sum())
+
+    torch.testing.assert_close(expected("k1"), torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(expected("k2"), gradient(lambda lp: (lp.exp() * (lp - reference)).sum()))
+    torch.testing.assert_close(expected("k3"), gradient(lambda lp: (reference.exp() * (reference - lp)).sum()))
+
+
 @pytest.mark.parametrize(
     ("how", "expected"),
     [

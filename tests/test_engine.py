@@ -1,5 +1,8 @@
 """The engine: what it draws, what it says of it, and that it is the model's own distribution."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rl_llm.config import PolicyConfig
 from rl_llm.policies import CausalLM
+from rl_llm.policies.groups import make_groups, pack
 from rl_llm.rollout.engine import generate
 from rl_llm.rollout.sampling import SamplingParams, draw, uniforms
 from rl_llm.table import ragged
@@ -59,6 +63,38 @@ def test_logprobs_are_those_of_a_plain_forward(
         np.testing.assert_allclose(logprobs, exact(policy, prompt, completion, temperature or 1.0), atol=1e-4)
         lengths.add(len(completion))
     assert len(lengths) > 1  # rows that end early leave the batch: both sides of that are covered
+
+
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}),  # learned positions
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("qwen2", GATED),
+        ("mistral", GATED),
+        ("gemma2", {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0}),
+        ("cohere", {**GATED, "logit_scale": 0.3}),
+        ("granite", {**GATED, "logits_scaling": 3.0}),
+    ],
+)
+def test_engine_and_learner_agree_with_a_plain_forward_on_every_architecture(
+    tiny_run: Tiny, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    folder = tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings)
+    acting = CausalLM(folder, PolicyConfig(precision="fp32"))
+    for temperature, count in ((0.0, 1), (0.7, 3)):
+        shard = sample(acting, tiny.greedy(samples_per_prompt=count, temperature=temperature))
+        prompts, completions, engine = (ragged(shard[name]) for name in ("prompt_ids", "completion_ids", "logprobs"))
+        batch = pack(make_groups(shard["group"].to_pylist(), prompts, completions, 1000))
+        with torch.no_grad():
+            learner = acting.logprobs(batch, temperature or 1.0).numpy()
+        for at, row in enumerate(batch.rows.tolist()):
+            plain = exact(acting, prompts[row], completions[row], temperature or 1.0)
+            np.testing.assert_allclose(engine[row], plain, atol=1e-4)
+            np.testing.assert_allclose(learner[at, : len(plain)], plain, atol=1e-4)
 
 
 def test_greedy_completions_are_those_of_transformers_generate(policy: CausalLM, wild: CausalLM) -> None:
@@ -111,6 +147,22 @@ def test_stop_string_ends_a_completion_and_is_cut_from_its_text(policy: CausalLM
         spelled = policy.tokenizer.decode(row["completion_ids"])
         assert spelled.endswith(("green", "gold red"))
     assert stopped > 5
+
+
+def test_special_token_can_be_a_stop_string(tiny_run: Tiny) -> None:
+    acting = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32"))
+    (mark,) = acting.tokenizer(" green", add_special_tokens=False)["input_ids"]
+    acting.tokenizer.add_special_tokens({"additional_special_tokens": acting.tokenizer.convert_ids_to_tokens([mark])})
+    free = sample(acting, tiny.greedy(samples_per_prompt=16, temperature=1.0)).to_pylist()
+    shard = sample(acting, tiny.greedy(samples_per_prompt=16, temperature=1.0, stop=("green",))).to_pylist()
+    assert any(mark in row["completion_ids"][:-1] for row in free)
+    for before, row in zip(free, shard, strict=True):
+        ids = before["completion_ids"]
+        if mark in ids:
+            ids = ids[: ids.index(mark) + 1]
+            assert row["finish"] == "stop"
+        assert row["completion_ids"] == ids
+        assert row["completion"] == acting.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_samples_follow_their_id_whatever_else_is_in_the_batch(policy: CausalLM) -> None:

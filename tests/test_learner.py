@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -12,10 +13,14 @@ from conftest import Tiny
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
+from rl_llm.evaluation import EVALUATION_IDS
 from rl_llm.learner.learner import Learner
+from rl_llm.learner.supervised import DRAWS
+from rl_llm.learner.warm_start import base_path
 from rl_llm.policies import CausalLM
 from rl_llm.policies.groups import make_groups, microbatches, pack
 from rl_llm.rollout.engine import generate
+from rl_llm.tasks import load_task
 
 TEXTS = ["red", "3 please blue", "17 there again now green", "gold gold gold gold gold gold gold"]
 SAMPLES = 5
@@ -69,7 +74,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     a, b = (torch.cat([g.flatten() for g in side.values()]).double() for side in (found, expected))
     assert b.norm() > 0.01
-    assert float((a - b).norm() / b.norm()) < 1e-6
+    assert float((a - b).norm() / b.norm()) < 1e-5
 
 
 def budget(tokens: int) -> dict[str, Any]:
@@ -149,6 +154,55 @@ def test_packed_logprobs_are_those_of_each_sample_alone(policy: CausalLM, shard:
             torch.testing.assert_close(packed[at, : len(alone)], alone, atol=1e-5, rtol=0)
             assert not packed[at, len(alone) :].any()
     assert sorted(seen) == list(range(shard.num_rows))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("gpt2", {"resid_pdrop": 0.1}), ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1})],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_of_the_model_itself_has_no_part_in_an_update(
+    tiny_run: Tiny, tmp_path: Path, kind: str, settings: dict[str, Any], checkpointing: bool
+) -> None:
+    folder = tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings)
+    learner = Spy(tiny_run.config(policy={"gradient_checkpointing": checkpointing}), str(folder))
+    prompts = tiny.prompt_table(learner.policy, ["red", "red"])
+    shard = generate(learner.policy, prompts, np.arange(2), np.arange(2), tiny.greedy(temperature=1.0), version=0)
+    assert learner.update(columns(shard), 0, None, shard)["mismatch/max"] < 1e-4
+
+
+def test_rollout_table_appears_whole_or_not_at_all(
+    tiny_run: Tiny, shard: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(table: pa.Table, path: Path) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError("No space left on device")
+
+    learner = Learner(tiny_run.config(), str(tiny_run.policy))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", broken)
+        with pytest.raises(OSError, match="No space"):
+            learner.update(columns(shard), 0, str(tmp_path / "step-000001.parquet"), shard)
+    assert list(tmp_path.glob("step-*")) == []
+    learner.update(columns(shard), 0, str(tmp_path / "step-000001.parquet"), shard)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001.parquet"]
+    assert pq.read_table(tmp_path / "step-000001.parquet").num_rows == shard.num_rows
+
+
+def test_warm_start_cache_follows_the_files_of_the_model(tiny_run: Tiny, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"first")
+    config = tiny_run.config(policy={"model": str(tmp_path)}, warm_start={"target": "colour"})
+    task = load_task(config.task, 0)
+    before = base_path(config, task)
+    assert base_path(config, task) == before
+    weights.write_bytes(b"second")
+    assert base_path(config, task) != before
+
+
+def test_supervised_draws_have_keys_of_their_own() -> None:
+    most_samples = 10**6 * 10**6 * 10**3  # steps, prompts a step, samples a prompt
+    assert most_samples < DRAWS < DRAWS + 1 < EVALUATION_IDS
 
 
 def test_kl_is_zero_at_the_start_and_its_gradient_holds_the_policy_back(tiny_run: Tiny, shard: pa.Table) -> None:

@@ -205,6 +205,18 @@ def test_each_kind_of_failure_has_its_own_outcome(tiny_run: Tiny, tmp_path: Path
         assert re.search(message, report)
 
 
+def test_call_that_was_mended_row_by_row_is_on_record(tiny_run: Tiny, tmp_path: Path) -> None:
+    def first_only(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0]
+
+    config = tiny_run.config(rewards={"components": components(first_only={})}, trainer={"steps": 1})
+    run = tiny.train(config, tmp_path / "run", functions={"first_only": first_only})
+    [failure] = [line for line in run.failures if line["step"] == 1 and "label" not in line]
+    assert (failure["outcome"], failure["status"], failure["rows"]) == ("retried", "error", 24)
+    assert run.metrics["failures/first_only"].tolist() == [0]
+    assert "retried" in (run.path / "report.html").read_text()
+
+
 def test_failures_do_not_touch_the_rows_that_are_well(tiny_run: Tiny, tmp_path: Path) -> None:
     """A component without a value for whole groups: the others' advantages are those of a run without it."""
     with_shy = tiny_run.config(rewards={"components": components(shy={}), "weights": {"shy": 0.0}})

@@ -3,10 +3,10 @@ import re
 from pathlib import Path
 
 import pytest
-from run_factory import around, finished, make_run, write_rollouts
+from run_factory import around, evaluation, finished, make_run, write_rollouts
 
 from rl_llm.errors import UserError
-from rl_llm.logger import JsonlWriter
+from rl_llm.logger import JsonlWriter, to_json
 from rl_llm.report.charts import POINTS
 from rl_llm.report.html import write_report
 from rl_llm.run import load_run
@@ -161,6 +161,22 @@ def test_missing_values_are_gaps(tmp_path: Path) -> None:
     kl = next(figure["data"][0] for figure in figures(report) if figure["data"][0].get("name") == "KL to the reference")
     assert [value is None for value in kl["y"]] == [False, True, False]
     assert "Entropy" not in visible(report)
+
+
+def test_the_test_split_shows_the_trained_policy_and_not_a_control(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", steps=40, summary=None)
+    lines = [evaluation(40, "test", label, ["chrf", "length"], 1.0, label) for label in ("after", "supervised")]
+    with (path / "eval.jsonl").open("a") as file:
+        file.writelines(to_json(line) + "\n" for line in lines)
+    page = visible(write_report(path))
+    assert "after of step 40" in page
+    assert "supervised of step 40" not in page
+
+
+def test_mismatch_and_temperature_are_charted_as_what_they_are(tmp_path: Path) -> None:
+    page = visible(write_report(make_run(tmp_path / "run", summary=finished(40))))
+    assert "Mismatch<span>mean absolute difference of log-probs" in page
+    assert "Sampling temperature" in page
 
 
 def test_failures_are_grouped_and_counted(tmp_path: Path) -> None:

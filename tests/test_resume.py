@@ -193,7 +193,7 @@ def test_resume_with_another_config_is_refused_by_key(tiny_run: Tiny, tmp_path: 
 def test_settings_that_make_no_step_may_change_on_resuming(tiny_run: Tiny, tmp_path: Path) -> None:
     path = stopped(tiny_run, tmp_path / "run")
     config = tiny_run.config(
-        evaluation={"every": 3, "samples": 0, "test_prompts": 4},
+        evaluation={"every": 3, "samples": 0},
         checkpoint={"every": 3, "keep": 1},
         logging={"rollouts": 3},
         trainer={"steps": 7},

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +15,14 @@ from rl_llm.errors import RunFailed, UserError
 from rl_llm.rewards import (
     GIVE_UP_AFTER,
     Component,
-    RewardFailed,
+    RewardWorker,
     Scores,
-    apply_policy,
+    deadline_s,
     known,
     resolve,
     reward,
 )
+from rl_llm.rewards.component import CANCEL_GRACE_S
 from rl_llm.table import mark_conversational
 
 
@@ -210,10 +212,26 @@ def test_resolve_says_what_is_wrong(use, message):
 def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "rewards_of_a_test.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     assert component("rewards_of_a_test:f").score(rows(["a"])).values == [1.0]
     (tmp_path / "broken_of_a_test.py").write_text("import no_such_module_xyz\n")
     with pytest.raises(UserError, match="No module named 'no_such_module_xyz'"):
         resolve("broken_of_a_test:f")
+
+
+def test_a_module_in_the_current_folder_may_import_its_neighbours_when_called(tmp_path, monkeypatch):
+    (tmp_path / "neighbour_of_a_test.py").write_text("VALUE = 0.5\n")
+    (tmp_path / "lazy_of_a_test.py").write_text(
+        "def f(completions):\n    import neighbour_of_a_test as n\n    return [n.VALUE] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
+    resolve("math:sqrt")
+    assert sys.path == before
+    assert component("lazy_of_a_test:f").score(rows(["a"])).values == [0.5]
+    resolve("lazy_of_a_test:f")
+    assert sys.path == [*before, str(tmp_path)]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +310,21 @@ def test_a_failing_setup_ends_the_run_by_name():
         component(fn=Broken).score(rows(["a"]))
 
 
+def test_a_reward_worker_sets_up_when_it_is_built():
+    class Counted:
+        calls = 0
+
+        def setup(self):
+            Counted.calls += 1
+
+        def __call__(self, completions):
+            return [float(Counted.calls)] * len(completions)
+
+    worker = RewardWorker({"mine": ComponentConfig(use="function:mine")}, {"mine": Counted})
+    assert Counted.calls == 1
+    assert worker.score("mine", rows(["a"])).values == [1.0]
+
+
 # ---- TRL's own functions
 
 
@@ -335,6 +368,20 @@ def test_an_async_deadline_is_a_timeout_of_the_slow_row_only():
     assert scores.errors == ["TimeoutError: no values within 0.2 s"]
 
 
+def test_only_async_components_have_time_to_be_cancelled_in_their_worker():
+    class Async:
+        async def __call__(self, completions):
+            return [1.0] * len(completions)
+
+    class Plain:
+        def __call__(self, completions):
+            return [1.0] * len(completions)
+
+    config = ComponentConfig(use="length", timeout_s=2)
+    assert [deadline_s(config, fn) for fn in (None, number_of, Plain, Plain())] == [2] * 4
+    assert [deadline_s(config, fn) for fn in (async_number, Async, Async())] == [2 + CANCEL_GRACE_S] * 3
+
+
 # ---- failures
 
 
@@ -343,6 +390,7 @@ def test_an_exception_is_pinned_to_its_rows():
     assert scores.values == [1, None, 3]
     assert scores.status == ["ok", "error", "ok"]
     assert scores.errors == ["ValueError: could not convert string to float: 'x'"]
+    assert scores.retried == {}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", [1.0], np.array([1.0])])
@@ -363,6 +411,7 @@ def test_a_wrong_count_is_told_and_mended_row_by_row():
     scores = component(fn=lambda completions: [0.5] * min(len(completions), 3)).score(rows(["a"] * 8))
     assert scores.values == [0.5] * 8
     assert scores.errors == ["returned 3 values for 8 completions"]
+    assert scores.retried == dict.fromkeys(range(8), "error")
 
 
 def test_no_list_is_an_error():
@@ -419,58 +468,3 @@ def test_numpy_and_torch_scalars_are_numbers():
 
 def test_no_rows_are_no_call():
     assert component(fn=lambda completions: 1 / 0).score(rows([])).values == []
-
-
-# ---- failure policies
-
-MIXED = Scores(
-    [1.0, None, None, None], ["ok", "not_applicable", "error", "timeout"], 0.1, ["ValueError: x", "TimeoutError: y"]
-)
-
-
-def settle(scores, **settings):
-    return apply_policy("mine", ComponentConfig(use="x", **settings), scores, np.arange(4) // 2, step=7)
-
-
-def test_mask_leaves_no_value():
-    settled = settle(MIXED, max_failure_rate=1)
-    np.testing.assert_array_equal(settled.values, [1, np.nan, np.nan, np.nan])
-    shared = {"step": 7, "component": "mine", "rows": 1, "outcome": "mask", "prompt_ids": [1]}
-    assert settled.failures == [
-        {**shared, "status": "error", "message": "ValueError: x"},
-        {**shared, "status": "timeout", "message": "TimeoutError: y"},
-    ]
-
-
-def test_impute_puts_the_number_and_keeps_the_status():
-    settled = settle(MIXED, on_failure="impute", impute=-1, max_failure_rate=1)
-    np.testing.assert_array_equal(settled.values, [1, np.nan, -1, -1])
-    assert settled.status == MIXED.status
-
-
-def test_raise_ends_the_run_with_name_count_and_message():
-    with pytest.raises(RewardFailed, match=r"'mine' failed on 2 of 3 rows .*ValueError: x") as caught:
-        settle(MIXED, on_failure="raise", max_failure_rate=1)
-    assert [failure["outcome"] for failure in caught.value.failures] == ["raise", "raise"]
-
-
-@pytest.mark.parametrize("policy", [{}, {"on_failure": "impute", "impute": 0}])
-def test_too_many_failures_end_the_run_whatever_the_policy(policy):
-    with pytest.raises(RewardFailed, match=r"max_failure_rate 0\.5"):
-        settle(MIXED, **policy)
-
-
-def test_rows_the_component_does_not_apply_to_do_not_dilute_failures():
-    with pytest.raises(RewardFailed, match="1 of 1 rows"):
-        settle(Scores([None] * 4, ["not_applicable"] * 3 + ["error"], 0.0, ["E: x"]))
-
-
-def test_without_failures_nothing_is_recorded():
-    settled = settle(Scores([1.0, 2.0, None, 3.0], ["ok", "ok", "not_applicable", "ok"], 0.0, []), on_failure="raise")
-    assert settled.failures == []
-
-
-def test_a_lost_batch_is_scored_as_lost():
-    lost = Scores.failed(4, "timeout", "TimeoutError: killed after 60 s")
-    with pytest.raises(RewardFailed, match="killed after 60 s"):
-        settle(lost)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rl_llm.config import PolicyConfig, RunConfig, ScratchConfig, WarmStartConfig, build_config
 from rl_llm.console import Console
@@ -38,6 +39,21 @@ def rows(count: int = 48) -> list[dict[str, Any]]:
     ]
 
 
+def build_architecture(kind: str, folder: Path, tokenizer: Path, **settings: Any) -> Path:
+    """An untrained model of one of the library's architectures, its logits far from even, with a given tokenizer."""
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    shape = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **shape, **special, initializer_range=0.2, **settings)
+        )
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
 def write_task(path: Path, count: int = 48) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     return path
@@ -52,7 +68,7 @@ def build_policy(folder: Path) -> Path:
     prompts = [np.array(ids) for ids in policy.tokenizer([row["text"] for row in data])["input_ids"]]
     examples = encode_examples(policy, prompts, [row["demonstration"] for row in data], max_target_tokens=8)
     warm = WarmStartConfig(batch_size=16, lr=1e-2, warmup_steps=5)
-    train_supervised(policy, examples, warm, seed=0, steps=60)
+    train_supervised(policy, examples, warm, seed=1, steps=60)
     policy.save_pretrained(folder / "policy")
     return folder / "policy"
 

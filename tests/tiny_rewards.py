@@ -1,5 +1,6 @@
 """Rewards of the tiny task, named in configs as "tiny_rewards:match". Worker processes import them without torch."""
 
+import asyncio
 import os
 import threading
 from pathlib import Path
@@ -37,4 +38,11 @@ def hanging(completions: list[str], prompts: list[str], *, on: str, **columns: A
     """1 for everything; never returns where one of the prompts is `on`."""
     if on in prompts:
         threading.Event().wait()
+    return [1.0] * len(completions)
+
+
+async def hanging_async(completions: list[str], prompts: list[str], *, on: str, **columns: Any) -> list[float]:
+    """`hanging` that can be cancelled."""
+    if on in prompts:
+        await asyncio.Event().wait()
     return [1.0] * len(completions)

@@ -38,6 +38,8 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from the chosen tokens (joschu.net/blog/kl-approx).
 
     `k1` is unbiased and signed, `k2` has the right gradient in expectation, `k3` is unbiased and never negative.
+    As a loss `k1` has an expected gradient of zero, it only adds noise: it is for measuring, or for use in the reward
+    (arXiv 2506.09477).
     """
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":

@@ -1,6 +1,7 @@
 """The learner: turns a step's rollout table into one update of the policy's weights."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,17 @@ class Learner:
             shards: the rollout tables of the step's requests.
 
         Returns:
-            Metrics. Raises `RunFailed` after `learner.max_bad_steps` non-finite updates in a row.
+            Metrics. `entropy` is the mean -log p of the sampled tokens, in nats: an estimate of the policy's entropy
+            that is biased where top_p, top_k or min_new_tokens cut the distribution that was sampled from.
+
+        Raises:
+            RunFailed: no row has a reward, or `learner.max_bad_steps` updates in a row were not finite.
         """
         table = pa.concat_tables(shards)
         for name in columns.column_names:
             table = table.append_column(name, columns[name])
         if path:
-            pq.write_table(table, path)
+            _write_whole(table, Path(path))
         rows = np.flatnonzero(table["reward"].is_valid().to_numpy())
         if len(rows) == 0:
             raise RunFailed(f"step {step + 1}: no row has a reward; see failures.jsonl")
@@ -177,6 +182,13 @@ class Learner:
         warm = self.config.warm_start
         examples = encode_examples(self.policy, prompts, targets, warm.max_target_tokens)
         return train_supervised(self.policy, examples, warm, self.config.trainer.seed + 1, tokens=tokens)
+
+
+def _write_whole(table: pa.Table, path: Path) -> None:
+    """Write a table as Parquet; the file appears whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, aside)
+    os.replace(aside, path)
 
 
 def _padded(rows: list[np.ndarray], batch: GroupBatch) -> Tensor:

@@ -10,6 +10,9 @@ from rl_llm.learner.optimizer import build_optimizer, learning_rate, set_rate
 from rl_llm.policies import CausalLM
 from rl_llm.policies.groups import Group, microbatches, pack
 
+# Second word of the key of the draws of examples, far above any sample's id and below the ids of evaluation.
+DRAWS = 1 << 61
+
 # (prompt tokens, targets as tokens with the end token), one entry a training row.
 Examples = list[tuple[np.ndarray, list[np.ndarray]]]
 
@@ -57,7 +60,7 @@ def train_supervised(
         lr=config.lr, weight_decay=config.weight_decay, warmup_steps=min(config.warmup_steps, steps), schedule="cosine"
     )
     optimizer = build_optimizer(policy.trainable.values(), settings)
-    generator = np.random.Generator(np.random.Philox(key=[seed, 1 if whole_text else 2]))
+    generator = np.random.Generator(np.random.Philox(key=[seed, DRAWS + whole_text]))
     trained = 0
     with torch.random.fork_rng(), policy.training(policy.config.dropout):
         torch.manual_seed(seed)

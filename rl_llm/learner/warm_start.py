@@ -36,10 +36,11 @@ def needs_base(config: RunConfig) -> bool:
 
 
 def base_path(config: RunConfig, task: Task) -> Path:
-    """Where the base of these settings, this text and these libraries is, or will be, cached."""
+    """Where the base of these settings, this text, this given model and these libraries is, or will be, cached."""
     texts = task.training_texts(config.warm_start.target)
     settings = {
         "policy": config.policy.model_dump(include={"model", "scratch", "dropout", "precision"}),
+        "files": _fingerprint(config.policy.model),
         "warm_start": config.warm_start.model_dump(),
         "task": config.task.model_dump(include={"chat", "system", "max_prompt_tokens"}),
         "seed": config.trainer.seed,
@@ -48,6 +49,14 @@ def base_path(config: RunConfig, task: Task) -> Path:
     }
     digest = hashlib.sha256(json.dumps([settings, texts], sort_keys=True).encode()).hexdigest()
     return cache_folder() / digest[:20]
+
+
+def _fingerprint(model: str | None) -> list[tuple[str, int, int]]:
+    """Name, size in bytes and time of change in ns of each file of a model's folder; nothing for a Hub name."""
+    if model is None or not Path(model).is_dir():
+        return []
+    files = sorted(path for path in Path(model).iterdir() if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[str], None]) -> None:
@@ -83,6 +92,13 @@ def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[
         if folder.exists():
             return
         shutil.move(ready, folder)
+
+
+class BaseBuilder:
+    """The worker that builds a base where the learner will be. The cache folder has to be one that all nodes see."""
+
+    def build(self, config: RunConfig, task: Task, folder: Path) -> None:
+        build_base(config, task, folder, print)
 
 
 def supervised_texts(task: Task, config: RunConfig) -> tuple[list[np.ndarray], list[list[str]]]:

@@ -82,13 +82,11 @@ class CausalLM:
 
     @contextlib.contextmanager
     def training(self, dropout: float) -> Iterator[None]:
-        """Train mode, which gradient checkpointing needs, with this dropout; acting is always without."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-            elif hasattr(module, "attention_dropout"):
-                module.attention_dropout = dropout  # type: ignore[assignment]
-        self.model.train()
+        """Train mode with this dropout where dropout or gradient checkpointing needs it; acting is always without."""
+        # A model's own dropout cannot act in eval mode, however its modules keep it.
+        if dropout > 0 or self.config.gradient_checkpointing:
+            _set_dropout(self.model, dropout)
+            self.model.train()
         try:
             yield
         finally:
@@ -165,8 +163,15 @@ class CausalLM:
         return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
     def _logits(self, states: Tensor) -> Tensor:
+        """The model's head, and what some architectures do after it: Cohere, Granite and Gemma, in this order."""
         logits = self.lm.get_output_embeddings()(states)
-        cap = getattr(self.lm.config, "final_logit_softcapping", None)
+        factor, divisor, cap = (
+            getattr(self.lm.config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        )
+        if factor is not None:
+            logits = logits * factor
+        if divisor is not None:
+            logits = logits / divisor
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def export_weights(self) -> np.ndarray:
@@ -197,6 +202,17 @@ class CausalLM:
     def parameter_counts(self) -> tuple[int, int]:
         """Trainable and all parameters."""
         return sum(p.numel() for p in self.trainable.values()), sum(p.numel() for p in self.model.parameters())
+
+
+def _set_dropout(model: nn.Module, dropout: float) -> None:
+    """Set every dropout of a model: modules made for it, and numbers such as `attention_dropout` that modules keep."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+            continue
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and type(value) in (int, float):
+                setattr(module, name, dropout)
 
 
 def wants_bf16(precision: str, device: torch.device) -> bool:

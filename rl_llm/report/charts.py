@@ -24,7 +24,7 @@ SINGLES = {
     "groups/without_signal": ("Groups without signal", "share of groups whose samples all got the same reward"),
     "loss": ("Loss", "of the policy; its level means little, spikes do"),
     "grad_norm": ("Gradient norm", "before clipping"),
-    "mismatch": ("Mismatch", "largest log-prob difference between the engine that sampled and the learner"),
+    "mismatch": ("Mismatch", "mean absolute difference of log-probs between the engine that sampled and the learner"),
     "lr": ("Learning rate", ""),
     "temperature": ("Sampling temperature", ""),
     "bad_steps": ("Skipped steps", "loss or gradient was not finite"),

@@ -148,14 +148,17 @@ def samples(run: Run) -> str:
 
 
 def sample_lines(run: Run) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """For each split the first evaluation and, if it is another, that of the best policy (else the latest)."""
+    """For each split the first evaluation and, if it is another, that of the best policy (in tune else the latest)."""
     pairs = []
     for split in ("test", "tune"):
         lines = [line for line in run.evaluations if line["split"] == split and line.get("samples")]
-        best = [line for line in lines if line["step"] == run.summary.get("best_step")]
-        last = (best if split == "tune" and best else lines)[-1:]
+        if split == "test":
+            # The last line of this split may be that of a control.
+            best = [line for line in lines if line["label"] == "after"]
+        else:
+            best = [line for line in lines if line["step"] == run.summary.get("best_step")] or lines
         if lines:
-            pairs.append((lines[0], last[0] if last[0] is not lines[0] else None))
+            pairs.append((lines[0], best[-1] if best and best[-1] is not lines[0] else None))
     return pairs
 
 
@@ -184,7 +187,8 @@ def failures(run: Run) -> str:
     titles = ("component", "what", "outcome", "rows", "steps", "first message")
     head = "".join(f"<th>{title}</th>" for title in titles)
     return (
-        '<h2>Failed rewards</h2><p class="note">A failed row is never a 0: it is masked, imputed or ends the run.</p>'
+        '<h2>Failed rewards</h2><p class="note">A failed row is never a 0: it is tried again by itself, then masked, '
+        "imputed or the end of the run.</p>"
         f'<div class="card scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     )
 

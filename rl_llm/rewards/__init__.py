@@ -1,7 +1,7 @@
 """Rewards: components, their registry, and the mixture. Importing this registers the built-in components."""
 
 from rl_llm.rewards.answers import exact_match, token_f1
-from rl_llm.rewards.component import GIVE_UP_AFTER, Component, Scores
+from rl_llm.rewards.component import FAILED, GIVE_UP_AFTER, Component, Scores, deadline_s
 from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy, settle
 from rl_llm.rewards.form import Length, regex, vocab
 from rl_llm.rewards.mixture import Mixed, Mixture
@@ -11,6 +11,7 @@ from rl_llm.rewards.sentiment import sentiment
 from rl_llm.rewards.worker import RewardWorker
 
 __all__ = [
+    "FAILED",
     "GIVE_UP_AFTER",
     "Component",
     "Length",
@@ -24,6 +25,7 @@ __all__ = [
     "apply_policy",
     "bleu",
     "chrf",
+    "deadline_s",
     "exact_match",
     "known",
     "regex",

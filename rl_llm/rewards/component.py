@@ -8,7 +8,7 @@ import numbers
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,8 @@ from rl_llm.table import ERROR, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
 FAILED = (ERROR, TIMEOUT)
 GIVE_UP_AFTER = 8
 """Rows retried one by one that may all fail before the rest of a batch is given up unasked."""
+CANCEL_GRACE_S = 5.0
+"""What an async component has beyond its `timeout_s` before its worker is killed: to be cancelled, and to try rows."""
 
 _MAX_MESSAGES = 5
 _MAX_MESSAGE_LENGTH = 300
@@ -38,12 +40,14 @@ class Scores:
         seconds: time spent in the component.
         errors: the distinct failure messages, a few of them, the first one first; a batch that failed as a whole
             leaves its message here even where every row succeeded by itself.
+        retried: rows of a call that failed, by the status they had, where all of them then succeeded by themselves.
     """
 
     values: list[float | None]
     status: list[str]
     seconds: float
     errors: list[str]
+    retried: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def failed(cls, rows: int, status: str, message: str, seconds: float = 0.0) -> "Scores":
@@ -53,12 +57,28 @@ class Scores:
     @classmethod
     def merge(cls, parts: Sequence["Scores"]) -> "Scores":
         """The scores of consecutive shards as one."""
+        retried: dict[int, str] = {}
+        start = 0
+        for part in parts:
+            retried |= {start + row: status for row, status in part.retried.items()}
+            start += len(part.values)
         return cls(
             [value for part in parts for value in part.values],
             [status for part in parts for status in part.status],
             sum(part.seconds for part in parts),
             _distinct(message for part in parts for message in part.errors),
+            retried,
         )
+
+
+def deadline_s(config: ComponentConfig, fn: Callable[..., Any] | None = None) -> float:
+    """Seconds after which a reward worker on a request of a component is killed; `fn` as for `Component`.
+
+    An async function is cancelled in its worker after `timeout_s`, which costs less than a worker.
+    """
+    target: Any = fn if fn is not None else resolve(config.use)
+    is_async = inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(target.__call__)
+    return config.timeout_s + CANCEL_GRACE_S if is_async else config.timeout_s
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,7 @@ class Component:
         inputs = reward_inputs(table)
         outcomes = self._attempt(inputs, table.num_rows)
         messages = [outcome.message for outcome in outcomes]
-        failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILED]
+        failed = {row: outcome.status for row, outcome in enumerate(outcomes) if outcome.status in FAILED}
         still_failing = 0
         for tried, row in enumerate(failed if table.num_rows > 1 else []):
             if tried == still_failing == GIVE_UP_AFTER:
@@ -166,6 +186,7 @@ class Component:
             [outcome.status for outcome in outcomes],
             time.perf_counter() - start,
             _distinct(messages),
+            {} if any(outcomes[row].status in FAILED for row in failed) else failed,
         )
 
     def _attempt(self, inputs: dict[str, list[Any]], rows: int) -> list[_Outcome]:

@@ -33,7 +33,8 @@ class Settled:
     Attributes:
         values: float64 [N], NaN where the row has no value.
         status: [N], as scored: an imputed row keeps "error" or "timeout".
-        failures: lines of `failures.jsonl`, one a kind of failure.
+        failures: lines of `failures.jsonl`, one a kind of failure, and one a kind of failed call whose rows all
+            succeeded by themselves ("retried").
     """
 
     values: np.ndarray
@@ -58,18 +59,20 @@ def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids:
     rows, applicable = int(failed.sum()), int((status != NOT_APPLICABLE).sum())
     too_many = rows > config.max_failure_rate * applicable
     fatal = rows > 0 and (too_many or config.on_failure == "raise")
+    retried = np.array([scores.retried.get(row, "") for row in range(len(status))], dtype=object)
     failures = [
         {
             "step": step,
             "component": name,
             "status": kind,
-            "rows": int((status == kind).sum()),
-            "outcome": "raise" if fatal else config.on_failure,
+            "rows": int((of == kind).sum()),
+            "outcome": outcome,
             "message": _first_message(scores.errors, kind),
-            "prompt_ids": np.unique(prompt_ids[status == kind])[:_MAX_PROMPT_IDS].tolist(),
+            "prompt_ids": np.unique(prompt_ids[of == kind])[:_MAX_PROMPT_IDS].tolist(),
         }
+        for of, outcome in ((status, "raise" if fatal else config.on_failure), (retried, "retried"))
         for kind in FAILED
-        if (status == kind).any()
+        if (of == kind).any()
     ]
     if fatal:
         limit = f"more than max_failure_rate {config.max_failure_rate:g} allows" if too_many else "on_failure is raise"

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rl_llm.errors import UserError, did_you_mean
@@ -146,11 +147,16 @@ def _origin(target: Callable[..., Any]) -> str:
 
 def _import(module: str, use: str) -> Any:
     here = os.getcwd()
-    # An installed command does not have the user's folder on the path; nothing but this import should see it.
+    # An installed command does not have the user's folder on the path.
     sys.path.insert(0, here)
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except Exception as error:
         raise UserError(f"reward {use!r}: cannot import {module!r}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
+    # The module may import its neighbours later, when called; at the end they hide nobody else's.
+    file = getattr(found, "__file__", None)
+    if file and Path(file).is_relative_to(here) and here not in sys.path:
+        sys.path.append(here)
+    return found

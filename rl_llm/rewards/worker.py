@@ -10,10 +10,19 @@ from rl_llm.rewards.component import Component, Scores
 
 
 class RewardWorker:
-    """Builds every component in its own process; `functions` are those the Python API was given as they are."""
+    """Builds and sets up every component in its own process, before any request and its deadline.
+
+    Args:
+        functions: components given as they are, by name.
+
+    Raises:
+        RunFailed: a component's setup() failed.
+    """
 
     def __init__(self, configs: Mapping[str, ComponentConfig], functions: Mapping[str, Callable[..., Any]]) -> None:
         self._components = {name: Component(name, config, functions.get(name)) for name, config in configs.items()}
+        for component in self._components.values():
+            component.setup()
 
     def score(self, name: str, shard: pa.Table, row: int | None = None) -> Scores:
         """Scores of a shard, or of one row of it."""

@@ -134,9 +134,8 @@ class _Decoding:
     def _end_at_stop_strings(self, rows: Tensor, length: int) -> None:
         # A stop string is spelled by at most its number of bytes in tokens, however the tokenizer cuts it.
         tail = max(len(stop.encode()) for stop in self.params.stop) + 1
-        texts = self.policy.tokenizer.batch_decode(
-            self.tokens[rows, max(length - tail, 0) : length], skip_special_tokens=True
-        )
+        # With special tokens, as a stop string may be one: the completion's text, without them, ends there by itself.
+        texts = self.policy.tokenizer.batch_decode(self.tokens[rows, max(length - tail, 0) : length])
         found = [any(stop in text for stop in self.params.stop) for text in texts]
         self.ended[rows] |= torch.tensor(found, device=self.ended.device)
 
