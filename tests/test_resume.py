@@ -106,7 +106,6 @@ def test_killed_command_goes_on_as_if_nothing_had_been(tiny_run: Tiny, tmp_path:
     assert run.status == "finished"
 
 
-@pytest.mark.slow
 def test_killed_command_with_actors_goes_on_as_if_nothing_had_been(
     tiny_run: Tiny, ray_session: None, tmp_path: Path
 ) -> None:
