@@ -106,7 +106,7 @@ def resolve(use: str) -> Callable[..., Any]:
     if not colon:
         if use not in _registered:
             hint = did_you_mean(use, _registered)
-            raise UserError(f"no reward component {use!r}; {hint} A function of your own: package.module:function")
+            raise UserError(f"no reward component {use!r}; {hint} (a function of your own: package.module:function)")
         return _registered[use].target
     found = getattr(_import(module, use), attribute, None)
     if found is None:
