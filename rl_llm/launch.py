@@ -85,7 +85,7 @@ def _run(plan: Plan, path: Path, state: Path | None, callbacks: Sequence[Callbac
         plan.task.tokenize(load_tokenizer(base))
     trainer = Trainer(config, path, plan.task, base, plan.functions, callbacks, console, state)
     _write_config(config, path)
-    # One of an earlier session would say of a run under way that it had ended.
+    # One of an earlier start would say of a run under way that it had ended.
     (path / "summary.json").unlink(missing_ok=True)
     _note_bad_rows(plan.task, path, console)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}

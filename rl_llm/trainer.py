@@ -277,7 +277,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Time spent on the run, that of the sessions it was resumed from included."""
+        """Time spent on the run, its earlier starts included where it was resumed."""
         return self._seconds_before + time.monotonic() - self._clock_start
 
     def close(self) -> None:
