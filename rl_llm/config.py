@@ -388,6 +388,11 @@ class RunConfig(Section):
             )
         return self
 
+    @property
+    def measured(self) -> dict[str, ComponentConfig]:
+        """Every component an evaluation measures: those that train and those that do not."""
+        return {**self.rewards.components, **self.evaluation.metrics}
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 

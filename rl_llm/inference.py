@@ -72,10 +72,6 @@ def _model(config: RunConfig) -> str:
     return config.policy.model
 
 
-def _components(config: RunConfig) -> dict[str, ComponentConfig]:
-    return {**config.rewards.components, **config.evaluation.metrics}
-
-
 def _tokenize(config: RunConfig, task: Task, note: Note) -> None:
     task.tokenize(load_tokenizer(_model(config)))
     if task.bad_rows:
@@ -105,7 +101,7 @@ def evaluate(
         failed = "failed at first" if record["outcome"] == "retried" else "failed"
         note(f"{record['component']} {failed} on {record['rows']} rows, {record['status']}: {record['message']}")
 
-    components, size = _components(config), config.rollout.request_rows
+    components, size = config.measured, config.rollout.request_rows
     prompts = held_out(task.splits[split], config.evaluation.test_prompts)
     with _crew(config, components, functions) as crew:
         evaluator = Evaluator(config.evaluation, params, size, components, crew, None, failed)
@@ -162,7 +158,7 @@ def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[li
     texts = pa.array([text or "" for text in rows[FIELD + completion].cast(pa.string()).to_pylist()])
     words = pa.array([text.split() for text in texts.to_pylist()], pa.list_(pa.string()))
     table = rows.append_column("completion", texts).append_column("completion_ids", words)
-    scores = {name: Component(name, component).score(table) for name, component in _components(config).items()}
+    scores = {name: Component(name, component).score(table) for name, component in config.measured.items()}
     return _rows(rows), scores
 
 

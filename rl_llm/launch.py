@@ -15,7 +15,7 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from rl_llm import checkpoint
-from rl_llm.config import RunConfig, build_config
+from rl_llm.config import VERSIONS, RunConfig, build_config
 from rl_llm.console import Console, make_console
 from rl_llm.errors import RunFailed, UserError
 from rl_llm.evaluation import Progress
@@ -171,10 +171,7 @@ def ensure_base(config: RunConfig, task: Task, console: Console) -> str:
 
 def constant_reward(config: RunConfig, utility: dict[str, float]) -> RunConfig:
     """The same run with nothing to learn from: a constant reward, measured by the same metrics and utility."""
-    measured = {
-        name: component.model_copy(update={"gate": None})
-        for name, component in {**config.rewards.components, **config.evaluation.metrics}.items()
-    }
+    measured = {name: component.model_copy(update={"gate": None}) for name, component in config.measured.items()}
     raw = config.model_dump(mode="json", by_alias=True)
     raw["rewards"] |= {"components": {"constant_control": {"use": "constant"}}, "weights": {}}
     raw["evaluation"] |= {
@@ -269,7 +266,7 @@ def _terminable() -> Iterator[None]:
 
 def _write_config(config: RunConfig, path: Path) -> None:
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    text = config.to_yaml() + yaml.safe_dump({"versions": versions}, sort_keys=False)
+    text = config.to_yaml() + yaml.safe_dump({VERSIONS: versions}, sort_keys=False)
     aside = path / ".config.yaml.partial"
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path / "config.yaml")

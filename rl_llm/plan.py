@@ -45,21 +45,21 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     Raises:
         UserError: unreadable data, an unknown component, a missing column or model, an impossible combination.
     """
-    check_model(config.policy.model)
+    tokenizer = check_model(config.policy.model)
     task = task or read_task(config)
     functions = {**registered_here(config), **functions}
     check_components(config, functions, task)
     if needs_base(config) or "supervised" in config.evaluation.controls:
         task.training_texts(config.warm_start.target)
-    if config.policy.model is not None:
-        task.tokenize(load_tokenizer(config.policy.model))
+    if tokenizer is not None:
+        task.tokenize(tokenizer)
     return Plan(config, task, functions, _parameters(config))
 
 
 def registered_here(config: RunConfig) -> dict[str, Callable[..., Any]]:
     """Components under ids that this process has registered itself, by name: a worker knows built-in ids only."""
     registered = known()
-    components = {**config.rewards.components, **config.evaluation.metrics}
+    components = config.measured
     targets = {name: registered[spec.use].target for name, spec in components.items() if spec.use in registered}
     return {name: target for name, target in targets.items() if not target.__module__.startswith("rl_llm.rewards.")}
 
@@ -73,7 +73,7 @@ def read_task(config: RunConfig) -> Task:
 
 def check_components(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task) -> None:
     """Raise `UserError` where a component is unknown, does not take its arguments or lacks a column."""
-    for name, component in {**config.rewards.components, **config.evaluation.metrics}.items():
+    for name, component in config.measured.items():
         if component.use.startswith(FUNCTION) and name not in functions:
             raise UserError(
                 f"component {name!r} was a function given in Python: go on there, or set "
@@ -82,10 +82,10 @@ def check_components(config: RunConfig, functions: Mapping[str, Callable[..., An
         Component(name, component, functions.get(name)).check_columns(task.fields)
 
 
-def check_model(model: str | None) -> None:
-    """Raise `UserError` where a model is given that is not there, or that lacks weights or a tokenizer."""
+def check_model(model: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a given model. Raises `UserError` where that is not there, or lacks weights or a tokenizer."""
     if model is None:
-        return
+        return None
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -96,7 +96,7 @@ def check_model(model: str | None) -> None:
         raise UserError(
             f"policy.model: there is no folder {model}; give a Hugging Face folder or a Hub name owner/name"
         )
-    load_tokenizer(model)
+    return load_tokenizer(model)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

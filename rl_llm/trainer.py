@@ -77,8 +77,7 @@ class Trainer:
         self.tokens_trained = 0
         self.started: list[Callback] = []
         self._clock_start, self._seconds_before = time.monotonic(), 0.0
-        components = {**config.rewards.components, **config.evaluation.metrics}
-        self.crew = Crew(config, base, components, functions)
+        self.crew = Crew(config, base, config.measured, functions)
         if state is not None:
             with self.crew.closing_on_error():
                 self._restore(state)
@@ -88,7 +87,7 @@ class Trainer:
             config.evaluation,
             SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed),
             config.rollout.request_rows,
-            components,
+            config.measured,
             self.crew,
             self.utility,
             self.journal.failure,

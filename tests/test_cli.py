@@ -173,7 +173,9 @@ def test_dry_run_counts_what_trains(command: Command) -> None:
         ["policy.trainable=last_layers", "policy.last_layers=1"],
         ["policy.trainable=lora", "policy.lora.r=4"],
     ):
-        trainable, total = CausalLM("model", load_config("own.yaml", overrides).policy).parameter_counts()
+        policy = CausalLM("model", load_config("own.yaml", overrides).policy)
+        counts = (policy.trainable.values(), policy.model.parameters())
+        trainable, total = (sum(p.numel() for p in parameters) for parameters in counts)
         said = command("train", "own.yaml", *overrides, "--dry-run")
         weights = total - trainable if "lora" in overrides[0] else total
         assert f"{short(weights)} parameters, {short(trainable)} of them train" in said.out

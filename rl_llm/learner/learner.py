@@ -32,9 +32,6 @@ class Learner:
         self.algorithm = build_algorithm(config.algorithm)
         self.policy = CausalLM(base, config.policy)
         self.reference = Reference(self.policy) if self.algorithm.kl.coef else None
-        self._reset_optimizer()
-
-    def _reset_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.policy.trainable.values(), self.config.learner)
         self.bad_steps = self.bad_in_a_row = 0
 

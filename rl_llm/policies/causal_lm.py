@@ -199,10 +199,6 @@ class CausalLM:
         lm.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
-    def parameter_counts(self) -> tuple[int, int]:
-        """Trainable and all parameters."""
-        return sum(p.numel() for p in self.trainable.values()), sum(p.numel() for p in self.model.parameters())
-
 
 def _set_dropout(model: nn.Module, dropout: float) -> None:
     """Set every dropout of a model: modules made for it, and numbers such as `attention_dropout` that modules keep."""
