@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ def freeze(lm: PreTrainedModel, config: PolicyConfig) -> nn.Module:
             except ValueError as error:
                 raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
     return model
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a pass over a batch tells of its completion tokens.
+
+    Attributes:
+        logprobs: float32 [R, T], a row per sample; 0 where there is no token.
+        entropy: float32 [R, T] of the whole distribution each token was drawn from, in nats; None if not asked for.
+        states: [N, H], the last hidden state that predicts each token, in the order of `GroupBatch.targets`.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    states: Tensor
 
 
 class CausalLM:
@@ -128,6 +144,10 @@ class CausalLM:
         Returns:
             float32 [R, T], a row per sample in the batch's order; 0 where there is no token.
         """
+        return self.forward(batch, temperature).logprobs
+
+    def forward(self, batch: GroupBatch, temperature: float, entropy: bool = False) -> "Forward":
+        """What one pass over a batch tells of its completion tokens; `entropy` only if asked for, it costs a pass."""
         with self.autocast():
             base = getattr(self.lm, self.lm.base_model_prefix)
             hidden = base(
@@ -136,31 +156,46 @@ class CausalLM:
                 position_ids=batch.position_ids.to(self.device),
                 use_cache=False,
             ).last_hidden_state
-            # The state that predicts each completion token, [N, H] over all real tokens of the batch.
             states = hidden.flatten(0, 1)[batch.predictor.to(self.device)]
-            flat = self.chosen_logprobs(states, batch.targets.to(self.device), temperature)
-        out = torch.zeros(batch.mask.shape, dtype=flat.dtype, device=flat.device)
-        return out.masked_scatter(batch.mask.to(self.device), flat)
+            logprobs, entropies = self.chosen_logprobs(states, batch.targets.to(self.device), temperature, entropy)
+        return Forward(batch.layout(logprobs), batch.layout(entropies) if entropy else None, states)
 
-    def chosen_logprobs(self, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each target from its predicting state, [N, H] and [N] -> float32 [N].
+    def chosen_logprobs(
+        self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target from its predicting state, and the entropy of the distribution it is of.
 
         Works chunk by chunk and recomputes logits in the backward pass, so that those of a batch never exist at once.
+
+        Args:
+            states: [N, H]; targets: int64 [N].
+            entropy: without it the second value is empty.
+
+        Returns:
+            float32 [N] each, in nats.
         """
         parts = []
         for start in range(0, len(targets), LOGPROB_CHUNK):
-            piece = states[start : start + LOGPROB_CHUNK], targets[start : start + LOGPROB_CHUNK], temperature
+            piece = states[start : start + LOGPROB_CHUNK], targets[start : start + LOGPROB_CHUNK], temperature, entropy
             if torch.is_grad_enabled():
                 parts.append(checkpoint(self._chunk_logprobs, *piece, use_reentrant=False))
             else:
                 parts.append(self._chunk_logprobs(*piece))
-        return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
+        empty = states.new_zeros(0, dtype=torch.float32)
+        logprobs, entropies = zip(*parts, strict=True) if parts else ((empty,), (empty,))
+        return torch.cat(logprobs), torch.cat(entropies)
 
-    def _chunk_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    def _chunk_logprobs(
+        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         logits = self._logits(states).float()
         if temperature != 1.0:
             logits = logits / temperature
-        return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        total = logits.logsumexp(dim=1)
+        chosen = logits.gather(1, targets[:, None]).squeeze(1) - total
+        if not entropy:
+            return chosen, chosen.new_zeros(0)
+        return chosen, total - ((logits - total[:, None]).exp() * logits).sum(dim=1)
 
     def _logits(self, states: Tensor) -> Tensor:
         """The model's head, and what some architectures do after it: Cohere, Granite and Gemma, in this order."""

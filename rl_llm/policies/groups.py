@@ -45,6 +45,12 @@ class GroupBatch:
         return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
 
 
+    def layout(self, flat: Tensor) -> Tensor:
+        """One value a completion token, [N] in the order of `targets`, as [R, T] with 0 where there is no token."""
+        out = torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device)
+        return out.masked_scatter(self.mask.to(flat.device), flat)
+
+
 @dataclass(frozen=True)
 class Group:
     """Samples of one prompt: their rows in the step's batch and their tokens."""
