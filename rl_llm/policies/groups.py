@@ -44,7 +44,6 @@ class GroupBatch:
         # Padding looks at itself: a row with nothing to look at would give NaN.
         return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
 
-
     def layout(self, flat: Tensor) -> Tensor:
         """One value a completion token, [N] in the order of `targets`, as [R, T] with 0 where there is no token."""
         out = torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device)
