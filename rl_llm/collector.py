@@ -1,5 +1,6 @@
 """Sampling and scoring together: rollout requests go out, and each shard is scored as soon as it is there."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,9 @@ from rl_llm.rewards import FAILED, GIVE_UP_AFTER, Scores
 from rl_llm.rollout import RolloutRequest, SamplingParams
 from rl_llm.table import ERROR, TIMEOUT
 from rl_llm.workers import Outcome, Pool, Request, as_completed, share
+
+SLACK = 10
+"""Components share a request only where each one's deadline is this many times what all of them have taken."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class Collected:
     summary: pa.Table
     shards: list[Any]
     scores: dict[str, Scores]
+
+    @classmethod
+    def merge(cls, rounds: "Sequence[Collected]") -> "Collected":
+        """Several batches as one, in their order; all with the same components."""
+        if len(rounds) == 1:
+            return rounds[0]
+        return cls(
+            pa.concat_tables([part.summary for part in rounds]),
+            [shard for part in rounds for shard in part.shards],
+            {name: Scores.merge([part.scores[name] for part in rounds]) for name in rounds[0].scores},
+        )
 
 
 @dataclass
@@ -52,6 +67,21 @@ class Collector:
         self.rollouts, self.rewards = rollouts, rewards
         self.deadlines = deadlines
         self.resources = resources
+        self.slowest: dict[str, float] = {}
+
+    def quick(self, components: Sequence[str]) -> list[str]:
+        """Those that may share a request: all of them together have kept far within each one's deadline so far.
+
+        Only with one worker, which has to score them one after the other anyway: a message costs more than many a
+        component. Whoever shared a request that was lost is asked by itself from then on.
+        """
+        if self.rewards.size != 1:
+            return []
+        limit = min(self.deadlines[component] for component in components) / (SLACK * len(components))
+        return [component for component in components if self.slowest.get(component, math.inf) <= limit]
+
+    def note_seconds(self, component: str, seconds: float) -> None:
+        self.slowest[component] = max(seconds, self.slowest.get(component, 0.0))
 
     def collect(
         self,
@@ -63,6 +93,7 @@ class Collector:
         version: int,
         weights: Any,
         components: Sequence[str],
+        reference: tuple[int, Any] | None = None,
     ) -> Collected:
         """Sample and score.
 
@@ -73,6 +104,7 @@ class Collector:
             first: the first sample id and the first group number.
             version, weights: of the policy that acts; see `RolloutWorker.sample`.
             components: the ones that score.
+            reference: version and weights of the reference policy, where rollout workers are to score with it.
 
         Raises:
             RunFailed: a rollout request is given up, or a component cannot be set up.
@@ -84,13 +116,13 @@ class Collector:
             part = prompts.slice(start, size)
             sample_ids = first[0] + n * start + np.arange(n * part.num_rows)
             groups = first[1] + start + np.repeat(np.arange(part.num_rows), n)
-            request = RolloutRequest(part, sample_ids, groups, params, version)
+            request = RolloutRequest(part, sample_ids, groups, params, version, reference and reference[0])
             note = "prompts " + ", ".join(map(str, part["prompt_id"].to_pylist()[:8]))
             self.rollouts.submit(
                 Request(
                     f"{name}/{index}",
                     "sample",
-                    (request, weights),
+                    (request, weights, reference and reference[1]),
                     self.resources.request_timeout_s,
                     returns=2,
                     note=note,
@@ -116,13 +148,25 @@ class _Batch:
         self.scores: dict[tuple[int, str], Scores] = {}
         self.lost: dict[tuple[int, str], _Lost] = {}
         self.rows_sent: dict[str, tuple[int, str, int]] = {}
+        self.together_sent: dict[str, tuple[int, list[str]]] = {}
 
     def take_rollout(self, sent: Request, outcome: Outcome) -> None:
         index = int(sent.id.rsplit("/", 1)[1])
         self.summaries[index] = outcome.result()
         self.shards[index] = share(outcome.shard) if self.collector.rewards.size else outcome.shard
+        together = self.collector.quick(self.components)
+        if len(together) > 1:
+            self._ask_together(index, together)
         for component in self.components:
-            self._ask(index, component)
+            if len(together) < 2 or component not in together:
+                self._ask(index, component)
+
+    def _ask_together(self, index: int, components: list[str]) -> None:
+        id = f"{self.name}/{index} {', '.join(components)}"
+        # What all of them keep, each of them keeps.
+        limit = min(self.collector.deadlines[component] for component in components)
+        self.together_sent[id] = (index, components)
+        self.collector.rewards.submit(Request(id, "score_all", (components, self.shards[index]), limit))
 
     def _ask(self, index: int, component: str, row: int | None = None) -> None:
         id = f"{self.name}/{index} {component}" + ("" if row is None else f" row {row}")
@@ -132,13 +176,17 @@ class _Batch:
         self.collector.rewards.submit(Request(id, "score", args, limit))
 
     def take_scores(self, sent: Request, outcome: Outcome) -> None:
-        index, component, row = self.rows_sent.pop(sent.id)
-        lost = self.lost.get((index, component))
         if outcome.error is not None and outcome.error.kind == "error":
             outcome.result()
+        if sent.id in self.together_sent:
+            self._take_together(*self.together_sent.pop(sent.id), outcome)
+            return
+        index, component, row = self.rows_sent.pop(sent.id)
+        lost = self.lost.get((index, component))
         if row < 0 and outcome.error is None:
-            self.scores[index, component] = outcome.value
+            self._keep(index, component, outcome.value)
         elif row < 0:
+            self.collector.note_seconds(component, math.inf)
             cause = _failed(outcome)
             rows = self.summaries[index].num_rows
             lost = self.lost[index, component] = _Lost(cause.status[0], cause.errors[0], [None] * rows)
@@ -148,6 +196,19 @@ class _Batch:
             lost.waiting -= 1
             if lost.waiting == 0:
                 self._after_retry(index, component, lost)
+
+    def _take_together(self, index: int, components: list[str], outcome: Outcome) -> None:
+        for component in components:
+            if outcome.error is None:
+                self._keep(index, component, outcome.value[component])
+            else:
+                # Which of them is to blame only requests of their own can tell.
+                self.collector.note_seconds(component, math.inf)
+                self._ask(index, component)
+
+    def _keep(self, index: int, component: str, scores: Scores) -> None:
+        self.scores[index, component] = scores
+        self.collector.note_seconds(component, scores.seconds)
 
     def _retry(self, index: int, component: str, lost: _Lost, rows: range) -> None:
         lost.waiting = len(rows)

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig
 from rl_llm.console import short
 from rl_llm.errors import UserError
@@ -45,6 +46,7 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     Raises:
         UserError: unreadable data, an unknown component, a missing column or model, an impossible combination.
     """
+    check_algorithm(config)
     tokenizer = check_model(config.policy.model)
     task = task or read_task(config)
     functions = {**registered_here(config), **functions}
@@ -54,6 +56,21 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     if tokenizer is not None:
         task.tokenize(tokenizer)
     return Plan(config, task, functions, _parameters(config))
+
+
+def check_algorithm(config: RunConfig) -> None:
+    """Raise `UserError` where the algorithm's settings do not go together, or not with the size of a step."""
+    rollout, minibatches = config.rollout, config.learner.minibatches
+    if not build_algorithm(config.algorithm).per_token and rollout.samples_per_prompt < 2:
+        raise UserError(
+            f"rollout.samples_per_prompt 1: {config.algorithm.name} compares the samples of a prompt; take 2 or more, "
+            "or algorithm.name=ppo, reinforce or reinforce_pp"
+        )
+    if minibatches > rollout.prompts_per_step:
+        raise UserError(
+            f"learner.minibatches {minibatches}: a minibatch takes whole groups, and rollout.prompts_per_step is "
+            f"{rollout.prompts_per_step}; lower one or raise the other"
+        )
 
 
 def registered_here(config: RunConfig) -> dict[str, Callable[..., Any]]:
@@ -177,9 +194,13 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
     """
     total, trainable = parameters
     resources, rollout = config.resources, config.rollout
-    separate = resources.num_rollout_workers + (resources.num_learners > 0 or resources.num_rollout_workers > 0)
+    separate = resources.num_rollout_workers + max(resources.num_learners, resources.num_rollout_workers > 0)
     replicas = max(separate, 1)
-    reference = total * 4 if config.algorithm.kl.coef and config.policy.trainable != "lora" else 0
+    algorithm = config.algorithm
+    learners = max(resources.num_learners, 1)
+    copied = algorithm.kl.coef > 0 and (config.policy.trainable != "lora" or algorithm.reference.refresh_every)
+    copies = resources.num_rollout_workers if algorithm.reference.place == "rollout" else learners
+    reference = trainable * 4 * max(copies, 1) if copied else 0
     optimizer = 8 if config.learner.optimizer == "adamw" else 4 * (config.learner.momentum > 0)
     settings = (
         scratch_settings(config.policy.scratch, config.policy.scratch.vocab_size, 0)
@@ -195,4 +216,7 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
     activations = tokens * width * (2 * depth + 34 if config.policy.gradient_checkpointing else 34 * depth)
     cache = rollout.request_rows * (config.task.max_prompt_tokens + rollout.max_new_tokens) * depth * width * 4
     base = 0.4 * GIB * (1 + resources.num_rollout_workers + resources.num_learners + resources.num_reward_workers)
-    return replicas * total * 6 + reference + trainable * (4 + optimizer) + activations + cache + base
+    # A value model of its own is a second policy that learns.
+    learning = 2 if build_algorithm(algorithm).advantage == "gae" and algorithm.value.model == "own" else 1
+    learner = trainable * (4 + optimizer) + activations
+    return (replicas + (learning - 1) * learners) * total * 6 + reference + learners * learning * learner + cache + base

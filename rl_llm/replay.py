@@ -161,10 +161,11 @@ def replay(run_dir: str | Path, weights: Mapping[str, float]) -> Replay:
 
 def _replay_step(run: Run, step: int, own: Mixture, other: Mixture) -> _Step:
     table = run.rollouts(step)
-    estimator = build_algorithm(run.config.algorithm).advantage
+    algorithm = build_algorithm(run.config.algorithm)
     components = component_columns(table)
     groups = np.unique(table["group"].to_numpy(), return_inverse=True)[1]
-    mine, theirs = (mixture.mix(components, groups, step, estimator) for mixture in (own, other))
+    baseline = algorithm.baseline_groups(groups)
+    mine, theirs = (mixture.mix(components, baseline, step, algorithm.estimator) for mixture in (own, other))
     before = table["advantage"].to_numpy(zero_copy_only=False).astype(np.float64)
     after = theirs.advantages
     flips = (np.minimum(np.abs(before), np.abs(after)) > SAME) & (np.sign(before) != np.sign(after))

@@ -16,16 +16,20 @@ A `pyarrow.Table` with a row per sample, made in *shards* of one rollout request
 `log_kept_mass`     list<float32>  log of the probability that top_p, top_k or a minimum length kept (0: all)
 `temperature`       float32        0: greedy
 `finish`            string         "stop" or "length"
+`ref_logprobs`      list<float32>  of the reference policy, where rollout workers compute them
 `field/<name>`      of the task    the data set's own columns
 `reward/<name>`     float32        raw component value; null: no value
 `status/<name>`     string         "ok", "not_applicable", "error" or "timeout"
 `reward`            float32        the weighted mixture
-`advantage`         float32        what the learner used
+`advantage`         float32        of the row in its group (in the batch, where the learner makes advantages of tokens)
+`outcome`           float32        the mixture that such a learner makes them of
+`trained`           bool           whether the learner used the row
 ==================  =============  ==========================================================================
 
 Whether prompts are messages is kept in the schema metadata under `conversational`.
 """
 
+import hashlib
 import itertools
 import json
 from typing import Any
@@ -35,6 +39,7 @@ import pyarrow as pa
 
 OK, NOT_APPLICABLE, ERROR, TIMEOUT = "ok", "not_applicable", "error", "timeout"
 FIELD, REWARD, STATUS = "field/", "reward/", "status/"
+REF_LOGPROBS = "ref_logprobs"
 SUMMARY = ("sample_id", "prompt_id", "group", "finish")
 
 _ROLLOUT_TYPES = {
@@ -66,14 +71,18 @@ def make_shard(prompts: pa.Table, repeats: int, columns: dict[str, Any]) -> pa.T
 
 
 def summarize(shard: pa.Table) -> pa.Table:
-    """What passes through the driver: ids, groups, lengths and how each sample ended; no text and no tokens."""
+    """What passes through the driver: ids, groups, how a sample ended, its length and a digest; no text, no tokens."""
     summary = shard.select(list(SUMMARY))
-    lengths = np.diff(_offsets(shard["completion_ids"]))
-    return summary.append_column("length", pa.array(lengths, type=pa.int32()))
+    completions = ragged(shard["completion_ids"])
+    # Equal completions have equal digests, in every process.
+    digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in completions]
+    summary = summary.append_column("length", pa.array(list(map(len, completions)), type=pa.int32()))
+    return summary.append_column("digest", pa.array([int.from_bytes(d, "little", signed=True) for d in digests]))
 
 
-def _offsets(column: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(column.combine_chunks().offsets)
+def float_lists(rows: list[np.ndarray]) -> pa.Array:
+    """Numbers for each token of each row, as a column."""
+    return pa.array(rows, type=pa.list_(pa.float32()))
 
 
 def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from rl_llm import checkpoint
-from rl_llm.algorithms import build_algorithm
+from rl_llm.algorithms import Algorithm, build_algorithm
 from rl_llm.collector import Collected
 from rl_llm.config import RunConfig, value_at
 from rl_llm.console import Console
@@ -73,7 +73,7 @@ class Trainer:
         self.utility = Utility(utility_weights(config), {})
         self.progress = Progress()
         self.before: dict[str, Any] = {}
-        self.steps_done = 0
+        self.steps_done = self.prompts_drawn = 0
         self.tokens_trained = 0
         self.started: list[Callback] = []
         self._clock_start, self._seconds_before = time.monotonic(), 0.0
@@ -127,14 +127,12 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One step: sample, score, weigh, update, publish. Returns its metrics."""
         step, clock = self.steps_done, _Clock()
-        rollouts = self._sample(step)
+        rollouts, settled = self._sample(step)
         clock.lap("rollout")
-        prompt_ids = rollouts.summary["prompt_id"].to_numpy()
-        settled = settle(self.config.rewards.components, rollouts.scores, prompt_ids, step + 1, self.journal.failure)
-        values = {name: component.values for name, component in settled.items()}
-        mixed = self.mixture.mix(values, rollouts.summary["group"].to_numpy(), step, self.algorithm.advantage)
+        groups = self.algorithm.baseline_groups(rollouts.summary["group"].to_numpy())
+        mixed = self.mixture.mix(_values(settled), groups, step, self.algorithm.estimator)
         clock.lap("mixture")
-        columns = _columns(settled, mixed)
+        columns = _columns(settled, mixed, groups, self.algorithm)
         update = self.crew.learner.call("update", columns, step, self.journal.rollout_path(step + 1), *rollouts.shards)
         clock.lap("learn")
         self.steps_done += 1
@@ -149,22 +147,44 @@ class Trainer:
             **self._timed(rollouts, clock),
         }
 
-    def _sample(self, step: int) -> Collected:
-        """Rollouts of a step with the scores of every reward component."""
-        rollout = self.config.rollout
-        prompts = prompts_of_step(self.task.splits["train"], step, rollout.prompts_per_step, self.config.trainer.seed)
+    def _sample(self, step: int) -> tuple[Collected, dict[str, Settled]]:
+        """Rollouts of a step with the scores of every reward component.
+
+        With `resample`, further prompts take the place of those whose groups have no signal, for so many rounds
+        (dynamic sampling, arXiv 2503.14476).
+        """
+        components = self.config.rewards.components
+        rounds: list[Collected] = []
+        parts: list[dict[str, Settled]] = []
+        missing = self.config.rollout.prompts_per_step
+        while missing and len(rounds) <= self.algorithm.resample:
+            found = self._round(step, len(rounds), missing)
+            prompt_ids = found.summary["prompt_id"].to_numpy()
+            settled = settle(components, found.scores, prompt_ids, step + 1, self.journal.failure)
+            rounds.append(found)
+            parts.append(settled)
+            groups = found.summary["group"].to_numpy()
+            missing -= self.mixture.signal(_values(settled), groups, step) if self.algorithm.resample else missing
+        return Collected.merge(rounds), {name: Settled.merge([part[name] for part in parts]) for name in components}
+
+    def _round(self, step: int, number: int, count: int) -> Collected:
+        """Samples of the next `count` prompts with their scores."""
+        rollout, crew = self.config.rollout, self.crew
+        prompts = draw_prompts(self.task.splits["train"], self.prompts_drawn, count, self.config.trainer.seed)
         temperature = value_at(rollout.temperature, step)
         params = SamplingParams.of(rollout, rollout.samples_per_prompt, temperature, self.config.trainer.seed)
-        group = step * rollout.prompts_per_step
-        return self.crew.collector.collect(
-            f"step-{step + 1}",
+        group = self.prompts_drawn
+        self.prompts_drawn += count
+        return crew.collector.collect(
+            f"step-{step + 1}" + (f"-again-{number}" if number else ""),
             prompts,
             params,
             rollout.request_rows,
             (group * rollout.samples_per_prompt, group),
-            self.crew.version,
-            self.crew.weights,
+            crew.version,
+            crew.weights,
             list(self.config.rewards.components),
+            crew.reference,
         )
 
     def _timed(self, rollouts: Collected, clock: "_Clock") -> dict[str, float]:
@@ -192,7 +212,7 @@ class Trainer:
         # The first policy is kept even without a utility: it is the best until there is another.
         if better or self.steps_done == 0:
             with checkpoint.writing(self._best(self.steps_done)) as aside:
-                self.crew.learner.call("save_weights", str(aside / "weights.safetensors"))
+                self.crew.learner.first("save_weights", str(aside / "weights.safetensors"))
         self.journal.evaluation(self, evaluation.line)
 
     def test(self, label: str) -> Evaluation:
@@ -209,7 +229,7 @@ class Trainer:
         """Write a checkpoint and clear away what no checkpoint needs any more."""
         folder = self.path / "checkpoints" / checkpoint.step_name(self.steps_done)
         with checkpoint.writing(folder) as aside:
-            self.crew.learner.call("save_state", str(aside))
+            self.crew.learner.first("save_state", str(aside))
             checkpoint.save_state(aside, self._state())
         checkpoint.prune(self.path / "checkpoints", self.config.checkpoint.keep)
         self._clear_best()
@@ -227,6 +247,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "steps_done": self.steps_done,
+            "prompts_drawn": self.prompts_drawn,
             "seconds": self.seconds,
             "tokens_trained": self.tokens_trained,
             "before": self.before,
@@ -239,7 +260,8 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         state = checkpoint.load_state(folder)
         self.crew.learner.call("load_state", str(folder))
-        self.steps_done, self.tokens_trained = state["steps_done"], state["tokens_trained"]
+        self.steps_done, self.prompts_drawn = state["steps_done"], state["prompts_drawn"]
+        self.tokens_trained = state["tokens_trained"]
         self._seconds_before = state["seconds"]
         self.before = state["before"]
         # Weights given anew on resuming go before those that were live when the checkpoint was made.
@@ -261,7 +283,7 @@ class Trainer:
         self.crew.learner.call("load_weights", str(self._best(best) / "weights.safetensors"))
         self.crew.publish(best)
         with checkpoint.writing(self.path / "model") as aside:
-            self.crew.learner.call("save_model", str(aside))
+            self.crew.learner.first("save_model", str(aside))
 
     def continue_warm_start(self) -> dict[str, Any]:
         """The control: supervised training from the first policy on as many tokens as the run has trained on.
@@ -296,9 +318,9 @@ def utility_weights(config: RunConfig) -> dict[str, float]:
     return {**initial, **dict.fromkeys(config.evaluation.metrics, 1.0)}
 
 
-def prompts_of_step(train: pa.Table, step: int, count: int, seed: int) -> pa.Table:
-    """The `count` prompts of a step (from 0): a walk through one shuffle after another, known from the step alone."""
-    places = np.arange(step * count, (step + 1) * count)
+def draw_prompts(train: pa.Table, start: int, count: int, seed: int) -> pa.Table:
+    """`count` prompts of a run after the first `start`: a walk through one shuffle after another."""
+    places = np.arange(start, start + count)
     rows = np.empty(count, dtype=np.int64)
     for epoch in np.unique(places // train.num_rows):
         shuffle = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(train.num_rows)
@@ -307,7 +329,11 @@ def prompts_of_step(train: pa.Table, step: int, count: int, seed: int) -> pa.Tab
     return train.take(pa.array(rows))
 
 
-def _columns(settled: Mapping[str, Settled], mixed: Mixed) -> pa.Table:
+def _values(settled: Mapping[str, Settled]) -> dict[str, np.ndarray]:
+    return {name: component.values for name, component in settled.items()}
+
+
+def _columns(settled: Mapping[str, Settled], mixed: Mixed, groups: np.ndarray, algorithm: Algorithm) -> pa.Table:
     """The reward columns of the rollout table."""
 
     def nullable(values: np.ndarray) -> pa.Array:
@@ -319,7 +345,16 @@ def _columns(settled: Mapping[str, Settled], mixed: Mixed) -> pa.Table:
         columns[STATUS + name] = pa.array(component.status, type=pa.string())
     columns["reward"] = nullable(mixed.reward)
     columns["advantage"] = pa.array(mixed.advantages.astype(np.float32))
+    if algorithm.per_token:
+        columns["outcome"] = pa.array(mixed.outcome.astype(np.float32))
+    columns["trained"] = pa.array(_trained(mixed, groups) if algorithm.resample else mixed.valid)
     return pa.table(columns)
+
+
+def _trained(mixed: Mixed, groups: np.ndarray) -> np.ndarray:
+    """Rows of groups with signal, bool [N]; where no group has any, all with a reward."""
+    signal = np.isin(groups, groups[mixed.advantages != 0]) & mixed.valid
+    return signal if signal.any() else mixed.valid
 
 
 def _describe(rollouts: Collected, settled: Mapping[str, Settled], mixed: Mixed) -> dict[str, float]:
@@ -330,6 +365,9 @@ def _describe(rollouts: Collected, settled: Mapping[str, Settled], mixed: Mixed)
         status = np.array(component.status)
         out[f"failures/{name}"] = int((~np.isin(status, (OK, NOT_APPLICABLE))).sum())
         out[f"not_applicable/{name}"] = int((status == NOT_APPLICABLE).sum())
+    groups, digests = summary["group"].to_numpy(), summary["digest"].to_numpy()
+    out["groups/drawn"] = len(np.unique(groups))
+    out["completion/distinct"] = len(np.unique(np.stack([groups, digests]), axis=1).T) / len(groups)
     out["completion/length"] = float(summary["length"].to_numpy().mean())
     out["completion/stopped"] = float(np.mean(summary["finish"].to_numpy(zero_copy_only=False) == "stop"))
     return out

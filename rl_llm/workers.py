@@ -341,9 +341,10 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         return
     import ray
 
-    from rl_llm.cluster import connect
+    from rl_llm.cluster import connect, send_tables_as_ipc
 
     started = connect(resources)
+    send_tables_as_ipc()
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ def complaint(*overrides: str, **sections: Any) -> list[str]:
         ("learner.lr=-1", "learner.lr: Input should be greater than 0 (given: -1)"),
         ("trainer.steps=1.5", "trainer.steps: Input should be a valid integer"),
         ("trainer=5", "trainer: a section is needed here, with keys such as steps, seed (given: 5)"),
-        ("algorithm.name=grppo", "algorithm.name: Input should be 'grpo', 'dr_grpo' or 'rloo' (given: 'grppo')"),
+        ("algorithm.name=grppo", "algorithm.name: Input should be 'grpo', 'dr_grpo', 'rloo', 'dapo'"),
         ("rewards.weights.chrf=high", "rewards.weights.chrf: Input should be a valid number"),
         ("rewards.weights.chrf=[1, 2]", "rewards.weights.chrf: Input should be a valid number"),
         ("rewards.weights.chrf={start: 1, end: 0}", "rewards.weights.chrf.steps is missing"),

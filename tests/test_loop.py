@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rl_llm
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
+from rl_llm.learner.learner import Learner
 from rl_llm.logger import Callback, read_jsonl
 from rl_llm.policies import CausalLM
 from rl_llm.rollout.engine import generate
 from rl_llm.run import Run
 from rl_llm.tasks import load_task
-from rl_llm.trainer import prompts_of_step
+from rl_llm.trainer import draw_prompts
 
 Reward = Callable[..., list[Any]]
 
@@ -33,6 +34,11 @@ def components(**specs: Any) -> dict[str, Any]:
         "match": {"use": "tiny_rewards:match"},
         **{name: {"use": f"function:{name}", **spec} for name, spec in specs.items()},
     }
+
+
+def learner_of(trainer: Any) -> Learner:
+    """The learner of a run in this process."""
+    return trainer.crew.learner._pools[0].factory.cls()
 
 
 # What a run leaves.
@@ -82,11 +88,11 @@ def test_every_step_measures_how_far_engine_and_trainer_are_apart(tiny_run: Tiny
 
 def test_steps_walk_through_all_prompts_before_any_comes_again(tiny_run: Tiny) -> None:
     train = tiny.prompt_table(CausalLM(tiny_run.policy, PolicyConfig()), [str(i) for i in range(10)])
-    seen = [i for step in range(10) for i in prompts_of_step(train, step, 4, seed=3)["prompt_id"].to_pylist()]
+    seen = [i for step in range(10) for i in draw_prompts(train, 4 * step, 4, seed=3)["prompt_id"].to_pylist()]
     epochs = [seen[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert prompts_of_step(train, 7, 4, seed=4)["prompt_id"].to_pylist() != seen[28:32]
+    assert draw_prompts(train, 28, 4, seed=4)["prompt_id"].to_pylist() != seen[28:32]
 
 
 def test_seed_decides_the_run(tiny_run: Tiny, tmp_path: Path) -> None:
@@ -325,12 +331,11 @@ def test_exception_of_a_callback_ends_the_run_as_failed(tiny_run: Tiny, tmp_path
 def test_policy_that_gives_no_finite_loss_ends_the_run(tiny_run: Tiny, tmp_path: Path) -> None:
     class Ruin(Callback):
         def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
-            policy = trainer.crew.learner._worker.policy
-            update = trainer.crew.learner._worker._token_loss
             if metrics["step"] == 2:
-                trainer.crew.learner._worker._token_loss = lambda *args: tuple(x * math.nan for x in update(*args))
-                self.before = policy.export_weights()
-                self.policy = policy
+                learner = learner_of(trainer)
+                loss = learner.objective.loss
+                learner.objective.loss = lambda *args: loss(*args) * math.nan
+                self.policy, self.before = learner.policy, learner.policy.export_weights()
 
     ruin = Ruin()
     config = tiny_run.config(learner={"max_bad_steps": 3}, evaluation={"every": 10})
@@ -338,8 +343,8 @@ def test_policy_that_gives_no_finite_loss_ends_the_run(tiny_run: Tiny, tmp_path:
         tiny.train(config, tmp_path / "run", ruin)
     run = Run(tmp_path / "run")
     assert run.metrics["bad_steps"].tolist() == [0, 0, 1, 2]
-    assert "not finite for 3 steps in a row" in run.summary["reason"]
-    assert "not finite for 3 steps in a row" in (run.path / "report.html").read_text()
+    assert "not finite for 3 updates in a row" in run.summary["reason"]
+    assert "not finite for 3 updates in a row" in (run.path / "report.html").read_text()
     np.testing.assert_array_equal(ruin.policy.export_weights(), ruin.before)
 
 
@@ -372,7 +377,7 @@ def test_run_without_progress_stops_and_keeps_the_best_policy(tiny_run: Tiny, tm
 
     class Keep(Callback):
         def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
-            saved[metrics["step"]] = trainer.crew.learner._worker.policy.export_weights()
+            saved[metrics["step"]] = learner_of(trainer).policy.export_weights()
 
     run = tiny.train(watched(tiny_run, patience=2), tmp_path / "run", count, Keep(), functions=functions)
 

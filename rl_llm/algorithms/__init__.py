@@ -1,15 +1,21 @@
 """What an algorithm is: an advantage, a policy loss, an aggregation and a place for the KL.
 
-A preset is a few lines in `PRESETS`; the config's own `algorithm.*` settings go before it.
+A preset is a few lines in `PRESETS`; the config's own `algorithm.*` settings go over it. What each is for, and which
+paper it is from, is in docs/algorithms.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
 from rl_llm.algorithms import advantages
-from rl_llm.config import Aggregation, AlgorithmConfig, KLConfig
+from rl_llm.algorithms.correction import BOUNDS
+from rl_llm.algorithms.losses import LOSSES, LossInputs, PolicyLoss, sequence_ratio, token_ratio
+from rl_llm.config import Aggregation, AlgorithmConfig
+from rl_llm.errors import UserError, did_you_mean
+from rl_llm.imports import import_function
 
 AdvantageEstimator = Callable[..., Tensor]
 
@@ -19,27 +25,103 @@ class Algorithm:
     """A resolved algorithm.
 
     Attributes:
-        advantage: `(rewards, groups, valid, std_floor) -> advantages`, see `advantages.py`.
-        clip_low, clip_high: bounds of the ratio in the clipped loss.
+        advantage: a group's, made before the learner (`grpo`, `dr_grpo`, `rloo`), or a token's, made in it (`returns`,
+            `gae`).
         aggregation: how token losses become one number, see `losses.aggregate`.
-        kl: coefficient and estimator of the KL term added to the token loss.
+        kl_placement: whether the KL is part of the loss or of the reward.
+        policy_loss: `LossInputs -> loss [R, T]`, see `losses.py`.
+        ratio: what is clipped: each token's probability ratio, or the sequence's.
+        clip_low, clip_high: how far the ratio may leave 1.
+        gamma, lam: discount, and GAE's lambda.
+        whiten: advantages to mean 0 and variance 1 over all tokens of the batch.
+        resample: rounds of further prompts that take the place of groups without signal.
+        kl_estimator, correction_bounds: with the defaults of their kinds filled in.
     """
 
-    advantage: AdvantageEstimator
+    advantage: str
     aggregation: Aggregation
+    kl_placement: Literal["loss", "reward"] = "loss"
+    policy_loss: PolicyLoss = LOSSES["clipped"]
+    ratio: Literal["token", "sequence"] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl: KLConfig = field(default_factory=KLConfig)
+    dual_clip: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = False
+    resample: int = 0
+    kl_estimator: str = "k3"
+    correction_bounds: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether advantages are made in the learner, of an outcome a sequence; groups then play no part."""
+        return self.advantage not in advantages.GROUP
+
+    @property
+    def estimator(self) -> AdvantageEstimator:
+        """What the mixture makes advantages with: the group's, or just the reward's distance from the mean."""
+        return advantages.GROUP.get(self.advantage, advantages.dr_grpo)
+
+    def baseline_groups(self, groups: Any) -> Any:
+        """The groups whose mean is the mixture's baseline: the samples of a prompt, or the whole batch; int [N]."""
+        return groups * 0 if self.per_token else groups
+
+    def loss(self, logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The token loss [R, T], and where the ratio was outside its bounds, bool [R, T]."""
+        ratio = (sequence_ratio if self.ratio == "sequence" else token_ratio)(logprobs, old_logprobs, mask)
+        inputs = LossInputs(
+            logprobs, old_logprobs, ratio, advantage, mask, self.clip_low, self.clip_high, self.dual_clip
+        )
+        outside = ratio.detach() != inputs.clipped_ratio.detach()
+        return self.policy_loss(inputs), outside
 
 
 PRESETS = {
-    "grpo": Algorithm(advantages.grpo, "seq_mean_token_mean"),
-    "dr_grpo": Algorithm(advantages.dr_grpo, "seq_mean_token_sum_norm"),
-    "rloo": Algorithm(advantages.rloo, "token_mean"),
+    "grpo": Algorithm("grpo", "seq_mean_token_mean"),
+    "dr_grpo": Algorithm("dr_grpo", "seq_mean_token_sum_norm"),
+    "rloo": Algorithm("rloo", "token_mean", "reward"),
+    "dapo": Algorithm("grpo", "token_mean", clip_high=0.28, resample=3),
+    "gspo": Algorithm("grpo", "seq_mean_token_mean", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
+    "cispo": Algorithm("grpo", "token_mean", policy_loss=LOSSES["cispo"], clip_low=1.0, clip_high=4.0),
+    "ppo": Algorithm("gae", "token_mean", "reward", whiten=True),
+    "reinforce": Algorithm("returns", "token_mean", "reward", LOSSES["policy_gradient"], whiten=True),
+    "reinforce_pp": Algorithm("returns", "token_mean", "reward", whiten=True),
 }
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The preset named in the config with what the config sets explicitly put over it."""
-    given = {name: getattr(config, name) for name in ("clip_low", "clip_high", "aggregation")}
-    return replace(PRESETS[config.name], kl=config.kl, **{k: v for k, v in given.items() if v is not None})
+    """The preset named in the config with what the config sets explicitly put over it.
+
+    Raises:
+        UserError: settings that do not go together, or a loss that cannot be found.
+    """
+    names = ("advantage", "ratio", "clip_low", "clip_high", "dual_clip", "aggregation")
+    given = {name: getattr(config, name) for name in (*names, "gamma", "lam", "whiten", "resample")}
+    given["policy_loss"] = config.loss and _find_loss(config.loss)
+    given["kl_placement"] = config.kl.placement
+    algorithm = replace(PRESETS[config.name], **{key: value for key, value in given.items() if value is not None})
+    in_loss = algorithm.kl_placement == "loss"
+    low, high = BOUNDS.get(config.correction.kind, (0.0, 0.0))
+    asked = config.correction
+    algorithm = replace(
+        algorithm,
+        kl_estimator=config.kl.estimator or ("k3" if in_loss else "k1"),
+        correction_bounds=(low if asked.low is None else asked.low, high if asked.high is None else asked.high),
+    )
+    if config.kl.coef and in_loss and algorithm.kl_estimator == "k1":
+        raise UserError("algorithm.kl.estimator k1 teaches nothing in the loss; take k2 or k3, or kl.placement=reward")
+    if config.kl.coef and not in_loss and algorithm.advantage == "grpo":
+        raise UserError(
+            "algorithm.kl.placement=reward: the advantage grpo is divided by the reward's spread before the KL is "
+            "known; take kl.placement=loss, or the advantage dr_grpo, rloo, returns or gae"
+        )
+    return algorithm
+
+
+def _find_loss(name: str) -> PolicyLoss:
+    if ":" in name:
+        return import_function(name, "algorithm.loss")
+    if name not in LOSSES:
+        raise UserError(f"algorithm.loss {name!r}: {did_you_mean(name, LOSSES)}, or package.module:function")
+    return LOSSES[name]

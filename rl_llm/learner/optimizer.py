@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,13 +10,22 @@ from torch import nn
 from rl_llm.config import LearnerConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay acts on matrices only, not on norms and biases."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: LearnerConfig,
+    others: Iterable[nn.Parameter] = (),
+    lr_factor: float = 1.0,
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay acts on matrices only, not on norms and biases.
+
+    Args:
+        others: parameters whose learning rate is `lr_factor` times that of the first.
+    """
+    groups: list[dict[str, Any]] = []
+    for members, factor in ((list(parameters), 1.0), (list(others), lr_factor)):
+        matrices, rest = [p for p in members if p.ndim >= 2], [p for p in members if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr_factor": factor})
+        groups.append({"params": rest, "weight_decay": 0.0, "lr_factor": factor})
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -36,4 +46,4 @@ def learning_rate(config: LearnerConfig, step: int, total: int) -> float:
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_factor"]

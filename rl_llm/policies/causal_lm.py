@@ -18,6 +18,7 @@ from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
 from rl_llm.policies.attention import GROUPED
 from rl_llm.policies.groups import GroupBatch
+from rl_llm.policies.logprobs import chosen_logprobs
 
 # Logits of this many tokens exist at once; more would not be faster, only larger.
 LOGPROB_CHUNK = 512
@@ -94,7 +95,22 @@ class CausalLM:
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if config.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # What some architectures do to the head's logits: Cohere and Granite scale them, Gemma caps them.
+        factor, divisor, self._cap = (
+            getattr(self.lm.config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        )
+        self._scale = (factor or 1.0) / (divisor or 1.0)
         self.autocast_dtype = torch.bfloat16 if wants_bf16(config.precision, self.device) else None
+
+    def clone(self) -> "CausalLM":
+        """A second policy with weights of its own where this one learns; what is frozen is shared."""
+        twin = copy.copy(self)
+        shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        twin.model = copy.deepcopy(self.model, shared)
+        wrapped: Any = twin.model
+        twin.lm = wrapped.get_base_model() if self.config.trainable == "lora" else wrapped
+        twin.trainable = {name: p for name, p in twin.model.named_parameters() if p.requires_grad}
+        return twin
 
     @contextlib.contextmanager
     def training(self, dropout: float) -> Iterator[None]:
@@ -149,23 +165,32 @@ class CausalLM:
     def forward(self, batch: GroupBatch, temperature: float, entropy: bool = False) -> "Forward":
         """What one pass over a batch tells of its completion tokens; `entropy` only if asked for, it costs a pass."""
         with self.autocast():
-            base = getattr(self.lm, self.lm.base_model_prefix)
-            hidden = base(
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=batch.attention_mask().to(self.device),
-                position_ids=batch.position_ids.to(self.device),
-                use_cache=False,
-            ).last_hidden_state
-            states = hidden.flatten(0, 1)[batch.predictor.to(self.device)]
+            states = self._states(batch)
             logprobs, entropies = self.chosen_logprobs(states, batch.targets.to(self.device), temperature, entropy)
         return Forward(batch.layout(logprobs), batch.layout(entropies) if entropy else None, states)
+
+    def states(self, batch: GroupBatch) -> Tensor:
+        """The last hidden state that predicts each completion token, [N, H] in the order of `GroupBatch.targets`."""
+        with self.autocast():
+            return self._states(batch)
+
+    def _states(self, batch: GroupBatch) -> Tensor:
+        base = getattr(self.lm, self.lm.base_model_prefix)
+        hidden = base(
+            input_ids=batch.input_ids.to(self.device),
+            attention_mask=batch.attention_mask().to(self.device),
+            position_ids=batch.position_ids.to(self.device),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden.flatten(0, 1)[batch.predictor.to(self.device)]
 
     def chosen_logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each target from its predicting state, and the entropy of the distribution it is of.
 
-        Works chunk by chunk and recomputes logits in the backward pass, so that those of a batch never exist at once.
+        A head that is a matrix, as most are, takes the fast path; others, such as those that bend their logits, work
+        chunk by chunk and recompute logits in the backward pass, so that those of a batch never exist at once.
 
         Args:
             states: [N, H]; targets: int64 [N].
@@ -174,6 +199,9 @@ class CausalLM:
         Returns:
             float32 [N] each, in nats.
         """
+        head = self.lm.get_output_embeddings()
+        if type(head) is nn.Linear and head.bias is None and self._cap is None:
+            return chosen_logprobs(states, head.weight, targets, self._scale / temperature, entropy)
         parts = []
         for start in range(0, len(targets), LOGPROB_CHUNK):
             piece = states[start : start + LOGPROB_CHUNK], targets[start : start + LOGPROB_CHUNK], temperature, entropy
@@ -188,26 +216,12 @@ class CausalLM:
     def _chunk_logprobs(
         self, states: Tensor, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        logits = self._logits(states).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        total = logits.logsumexp(dim=1)
-        chosen = logits.gather(1, targets[:, None]).squeeze(1) - total
-        if not entropy:
-            return chosen, chosen.new_zeros(0)
-        return chosen, total - ((logits - total[:, None]).exp() * logits).sum(dim=1)
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """The model's head, and what some architectures do after it: Cohere, Granite and Gemma, in this order."""
-        logits = self.lm.get_output_embeddings()(states)
-        factor, divisor, cap = (
-            getattr(self.lm.config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        )
-        if factor is not None:
-            logits = logits * factor
-        if divisor is not None:
-            logits = logits / divisor
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = self.lm.get_output_embeddings()(states) * self._scale
+        if self._cap is not None:
+            logits = self._cap * torch.tanh(logits / self._cap)
+        logp = (logits.float() / temperature).log_softmax(dim=1)
+        chosen = logp.gather(1, targets[:, None]).squeeze(1)
+        return chosen, -(logp.exp() * logp).sum(dim=1) if entropy else chosen.new_zeros(0)
 
     def export_weights(self) -> np.ndarray:
         """The trainable weights as one flat uint8 array: readers map it from the object store without a copy."""

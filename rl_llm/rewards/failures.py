@@ -1,6 +1,6 @@
 """What happens to rows a component failed on: masked, imputed, or the end of the run. Never a silent 0."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,15 @@ class Settled:
     values: np.ndarray
     status: list[str]
     failures: list[dict[str, Any]]
+
+    @classmethod
+    def merge(cls, parts: "Sequence[Settled]") -> "Settled":
+        """The same component's values in several batches, one after the other."""
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            [status for part in parts for status in part.status],
+            [failure for part in parts for failure in part.failures],
+        )
 
 
 def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids: np.ndarray, step: int) -> Settled:

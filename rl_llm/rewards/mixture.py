@@ -32,6 +32,8 @@ class Mixed:
     Attributes:
         reward: float64 [N], the weighted sum of a row's components, NaN where it has none.
         valid: bool [N], rows with at least one component.
+        outcome: float64 [N], `reward` with a component that is missing at its group's mean: what algorithms make
+            advantages of that are not a group's. With `normalize_then_sum` the advantages themselves.
         advantages: float64 [N], 0 where not valid.
         contributions: by component float64 [N]; they add up to the advantages.
         diagnostics: numbers for `metrics.jsonl`, see `Mixture.mix`.
@@ -39,6 +41,7 @@ class Mixed:
 
     reward: np.ndarray
     valid: np.ndarray
+    outcome: np.ndarray
     advantages: np.ndarray
     contributions: dict[str, np.ndarray]
     diagnostics: dict[str, float]
@@ -97,9 +100,9 @@ class Mixture:
         valid = batch.present.any(axis=1)
         if self.config.combine == "normalize_then_sum":
             parts = self._normalize_then_sum(batch, weights, valid, baseline)
-            advantages = parts.sum(axis=1)
+            outcome = advantages = parts.sum(axis=1)
         else:
-            parts, advantages = self._sum_then_normalize(batch, weights, valid, baseline, estimator)
+            parts, outcome, advantages = self._sum_then_normalize(batch, weights, valid, baseline, estimator)
         reward = np.where(valid, batch.filled @ weights, np.nan)
         diagnostics = {
             **_moments("reward", reward),
@@ -109,7 +112,16 @@ class Mixture:
             **{f"weights/{name}": weight for name, weight in numbers.items()},
             "groups/without_signal": _share_without_signal(advantages, batch),
         }
-        return Mixed(reward, valid, advantages, dict(zip(numbers, parts.T, strict=True)), diagnostics)
+        return Mixed(reward, valid, outcome, advantages, dict(zip(numbers, parts.T, strict=True)), diagnostics)
+
+    def signal(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int) -> int:
+        """How many groups have something to learn from: samples whose mixtures differ. Arguments as for `mix`."""
+        raw = np.stack([components[name] for name in self.weights], axis=1)
+        batch = _Grouped(self._transform(raw), groups)
+        parts = np.abs(batch.centred * np.array(list(self.weights_at(step).values())))
+        if self.config.combine == "sum_then_normalize":
+            parts = np.abs(batch.centred @ np.array(list(self.weights_at(step).values())))[:, None]
+        return int((batch.total(parts).sum(axis=1) > _NO_SIGNAL).sum())
 
     def _transform(self, raw: np.ndarray) -> np.ndarray:
         """Gate, clip and scale, [N, K]. A gate looks at raw values and is shut where the gating component has none."""
@@ -130,8 +142,8 @@ class Mixture:
 
     def _sum_then_normalize(
         self, batch: "_Grouped", weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray, estimator: Estimator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The estimator's advantage of the weighted sum, and the components' parts in it, [N, K] and [N].
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The components' parts in the advantage [N, K], the weighted sum [N] and its advantage [N].
 
         A missing value counts as its component's mean over the group, which centring turns into exactly 0.
         """
@@ -146,7 +158,7 @@ class Mixture:
         # The one factor a group: exact for every estimator linear in the centred reward, whatever it divides by.
         squares = batch.total(centred**2)
         factor = np.divide(batch.total(advantages * centred), squares, out=np.zeros_like(squares), where=squares > 0)
-        return parts * factor[batch.index, None], advantages
+        return parts * factor[batch.index, None], rewards, advantages
 
     def _normalize_then_sum(
         self, batch: "_Grouped", weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray

@@ -9,16 +9,13 @@ It is called with keywords: `prompts`, `completions`, `completion_ids` and the t
 are filled from those; keyword-only ones (for a class: those of `__init__`) are arguments, filled from the config alone.
 """
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rl_llm.errors import UserError, did_you_mean
+from rl_llm.imports import import_function
 
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -102,18 +99,12 @@ def resolve(use: str) -> Callable[..., Any]:
     Raises:
         UserError: no such component, module or function.
     """
-    module, colon, attribute = use.partition(":")
-    if not colon:
+    if ":" not in use:
         if use not in _registered:
             hint = did_you_mean(use, _registered)
             raise UserError(f"no reward component {use!r}; {hint} (a function of your own: package.module:function)")
         return _registered[use].target
-    found = getattr(_import(module, use), attribute, None)
-    if found is None:
-        raise UserError(f"reward {use!r}: module {module!r} has no {attribute!r}")
-    if not callable(found):
-        raise UserError(f"reward {use!r} is {type(found).__name__}, not a function or class")
-    return found
+    return import_function(use, "reward")
 
 
 def parameters_of(target: Callable[..., Any]) -> Parameters:
@@ -143,20 +134,3 @@ def _required(parameter: inspect.Parameter) -> bool:
 
 def _origin(target: Callable[..., Any]) -> str:
     return f"{target.__module__}:{target.__qualname__}"
-
-
-def _import(module: str, use: str) -> Any:
-    here = os.getcwd()
-    # An installed command does not have the user's folder on the path.
-    sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:
-        raise UserError(f"reward {use!r}: cannot import {module!r}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    # The module may import its neighbours later, when called; at the end they hide nobody else's.
-    file = getattr(found, "__file__", None)
-    if file and Path(file).is_relative_to(here) and here not in sys.path:
-        sys.path.append(here)
-    return found

@@ -1,6 +1,6 @@
-"""The reward worker: holds a run's components and scores shards with them, one component a request."""
+"""The reward worker: holds a run's components and scores shards with them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -27,3 +27,7 @@ class RewardWorker:
     def score(self, name: str, shard: pa.Table, row: int | None = None) -> Scores:
         """Scores of a shard, or of one row of it."""
         return self._components[name].score(shard if row is None else shard.slice(row, 1))
+
+    def score_all(self, names: Sequence[str], shard: pa.Table) -> dict[str, Scores]:
+        """Scores of a shard by several components, one after the other."""
+        return {name: self.score(name, shard) for name in names}

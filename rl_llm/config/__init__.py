@@ -6,51 +6,59 @@ A run is described by a YAML file (or a packaged recipe) and dotted overrides su
 
 import importlib.resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from rl_llm.config.algorithm import (
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    KLConfig,
+    LearnerConfig,
+    ReferenceConfig,
+    ValueConfig,
 )
-
+from rl_llm.config.base import Ramp, Scheduled, Section, value_at
+from rl_llm.config.rewards import ComponentConfig, Components, GateConfig, RewardsConfig, expand_components
 from rl_llm.errors import UserError, did_you_mean
-from rl_llm.overrides import NUMBER, RAMP, apply_override, explain, read_yaml
+from rl_llm.overrides import apply_override, explain, read_yaml
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class Ramp(Section):
-    """A value that moves in a straight line from `start` to `end` over the first `steps` steps and then stays."""
-
-    start: float
-    end: float
-    steps: int = Field(ge=1)
-
-    def at(self, step: int) -> float:
-        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
-
-
-def _kind(value: Any) -> str:
-    return RAMP if isinstance(value, dict | Ramp) else NUMBER
-
-
-# Told apart by their shape, so that a wrong one is explained as what it was meant to be.
-Scheduled = Annotated[Annotated[float, Tag(NUMBER)] | Annotated[Ramp, Tag(RAMP)], Discriminator(_kind)]
-
-
-def value_at(value: Scheduled, step: int) -> float:
-    """The number a plain or scheduled setting stands for at `step` (counted from 0)."""
-    return value.at(step) if isinstance(value, Ramp) else value
+__all__ = [
+    "VERSIONS",
+    "Aggregation",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "ComponentConfig",
+    "CorrectionConfig",
+    "EvaluationConfig",
+    "GateConfig",
+    "KLConfig",
+    "LearnerConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "PolicyConfig",
+    "Ramp",
+    "ReferenceConfig",
+    "ResourcesConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Scheduled",
+    "ScratchConfig",
+    "Section",
+    "SplitConfig",
+    "TaskConfig",
+    "TrainerConfig",
+    "ValueConfig",
+    "WarmStartConfig",
+    "build_config",
+    "load_config",
+    "read_config",
+    "recipes",
+    "value_at",
+]  # fmt: skip
 
 
 class SplitConfig(Section):
@@ -140,7 +148,7 @@ class WarmStartConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["transformers"] = "transformers"
     prompts_per_step: int = Field(8, ge=1)
-    samples_per_prompt: int = Field(8, ge=2, description="size of a group")
+    samples_per_prompt: int = Field(8, ge=1, description="size of a group")
     rows_per_request: int | None = Field(
         None, ge=1, description="rows decoded together; fixes the numbers, so it does not follow the worker count"
     )
@@ -171,130 +179,6 @@ class RolloutConfig(Section):
         if min(ends) <= 0:
             raise ValueError("temperature must stay above 0; evaluation is greedy on its own")
         return self
-
-
-class GateConfig(Section):
-    """Count a component only where another one is good enough; elsewhere it is `else`."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    component: str
-    above: float | None = Field(None, description="open where the raw value is at least this")
-    below: float | None = Field(None, description="open where the raw value is at most this")
-    otherwise: float = Field(alias="else", description="the value where the gate is shut")
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> "GateConfig":
-        if self.above is None and self.below is None:
-            raise ValueError("a gate needs 'above' or 'below'")
-        return self
-
-
-class ComponentConfig(Section):
-    use: str = Field(description="a registered component or package.module:function")
-    args: dict[str, Any] = {}
-    timeout_s: float = Field(60.0, gt=0, description="deadline of a call; enforced by killing the reward worker")
-    on_failure: Literal["raise", "mask", "impute"] = "mask"
-    impute: float | None = Field(None, description="the value a failed row gets with on_failure=impute")
-    max_failure_rate: float = Field(
-        0.5, ge=0, le=1, description="a step with a larger share of failed rows ends the run"
-    )
-    clip: tuple[float, float] | None = None
-    scale: float = 1.0
-    gate: GateConfig | None = None
-
-    @model_validator(mode="after")
-    def _impute_value(self) -> "ComponentConfig":
-        if (self.on_failure == "impute") != (self.impute is not None):
-            raise ValueError("on_failure: impute and a value `impute: <number>` go together")
-        if self.clip and self.clip[0] >= self.clip[1]:
-            raise ValueError(f"clip must be [low, high] with low < high, not {list(self.clip)}")
-        return self
-
-
-def _components(value: Any) -> Any:
-    """Accept `[chrf, pkg.mod:fn]`, `{name: id}`, `{name: {use: id, ...}}` and `{id: {args...}}`."""
-    if isinstance(value, list):
-        named: dict[str, Any] = {}
-        for item in value:
-            if not isinstance(item, str):
-                raise ValueError(f"a list holds ids only, not {item!r}; with settings write name: {{use: id, ...}}")
-            name = item.rsplit(":", 1)[-1]
-            if name in named:
-                raise ValueError(f"two components are called {name!r}; write them as name: id")
-            named[name] = item
-        value = named
-    if not isinstance(value, dict):
-        return value
-    out: dict[str, Any] = {}
-    for name, spec in value.items():
-        if isinstance(spec, str):
-            spec = {"use": spec}
-        elif spec is None:
-            spec = {"use": name}
-        elif isinstance(spec, dict):
-            spec = {"use": name, **spec}
-        out[str(name)] = spec
-    return out
-
-
-Components = Annotated[dict[str, ComponentConfig], BeforeValidator(_components)]
-
-
-class RewardsConfig(Section):
-    components: Components = Field(description="name: id, or name: {use: id, args: {...}, ...}")
-    weights: dict[str, Scheduled] = Field({}, description="lambda of each component; 1 where not given")
-    combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    std_floor: float = Field(
-        0.1, ge=0, description="a group's std is never taken below this share of the first policy's std"
-    )
-
-    @model_validator(mode="after")
-    def _names(self) -> "RewardsConfig":
-        if not self.components:
-            raise ValueError("at least one component is needed, e.g. rewards.components: [chrf]")
-        for name in self.weights:
-            if name not in self.components:
-                raise ValueError(f"weights.{name}: no such component; {did_you_mean(name, self.components)}")
-        for name, component in self.components.items():
-            if component.gate and component.gate.component not in self.components:
-                gate = component.gate.component
-                raise ValueError(f"components.{name}.gate.component {gate!r}: {did_you_mean(gate, self.components)}")
-        self.weights = {name: self.weights.get(name, 1.0) for name in self.components}
-        return self
-
-
-Aggregation = Literal["token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean"]
-
-
-_UNCLIPPED = "without effect while a batch is one update: its probability ratio is exactly 1"
-
-
-class KLConfig(Section):
-    coef: float = Field(0.0, ge=0, description="0: no reference policy is kept")
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-
-
-class AlgorithmConfig(Section):
-    name: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    clip_low: float | None = Field(None, gt=0, description=f"empty: the preset's own; {_UNCLIPPED}")
-    clip_high: float | None = Field(None, gt=0, description=f"empty: the preset's own; {_UNCLIPPED}")
-    aggregation: Aggregation | None = Field(None, description="empty: the preset's own")
-    kl: KLConfig = KLConfig()
-
-
-class LearnerConfig(Section):
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-5, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how lr moves after warm-up")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = Field(0.0, ge=0, lt=1, description="for sgd")
-    max_grad_norm: float = Field(1.0, gt=0)
-    tokens_per_microbatch: int = Field(4096, ge=1)
-    max_bad_steps: int = Field(
-        3, ge=1, description="steps in a row with a non-finite loss or gradient that end the run"
-    )
 
 
 class EvaluationConfig(Section):
@@ -333,7 +217,7 @@ class TrainerConfig(Section):
 class ResourcesConfig(Section):
     num_rollout_workers: int = Field(0, ge=0, description="0: in this process")
     num_reward_workers: int = Field(0, ge=0, description="0: in this process")
-    num_learners: int = Field(0, ge=0, le=1, description="0: in this process")
+    num_learners: int = Field(0, ge=0, description="0: in this process; several share the rows of a step")
     num_cpus_per_rollout_worker: float = Field(1, gt=0)
     num_cpus_per_reward_worker: float = Field(1, gt=0)
     num_cpus_per_learner: float = Field(1, gt=0)
@@ -459,6 +343,6 @@ def _expand_components(raw: dict[str, Any], where: str) -> None:
     for section, key in (("rewards", "components"), ("evaluation", "metrics")):
         if isinstance(raw.get(section), dict) and key in raw[section]:
             try:
-                raw[section][key] = _components(raw[section][key])
+                raw[section][key] = expand_components(raw[section][key])
             except ValueError as error:
                 raise UserError(f"{where}: {section}.{key}: {error}") from None

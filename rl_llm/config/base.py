@@ -1,0 +1,35 @@
+"""What the sections of a config are made of."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from rl_llm.overrides import NUMBER, RAMP
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Ramp(Section):
+    """A value that moves in a straight line from `start` to `end` over the first `steps` steps and then stays."""
+
+    start: float
+    end: float
+    steps: int = Field(ge=1)
+
+    def at(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+def _kind(value: Any) -> str:
+    return RAMP if isinstance(value, dict | Ramp) else NUMBER
+
+
+# Told apart by their shape, so that a wrong one is explained as what it was meant to be.
+Scheduled = Annotated[Annotated[float, Tag(NUMBER)] | Annotated[Ramp, Tag(RAMP)], Discriminator(_kind)]
+
+
+def value_at(value: Scheduled, step: int) -> float:
+    """The number a plain or scheduled setting stands for at `step` (counted from 0)."""
+    return value.at(step) if isinstance(value, Ramp) else value

@@ -1,0 +1,85 @@
+"""Log-probabilities of chosen tokens straight from hidden states, without the logits of a batch in fp32.
+
+The head and the softmax of a large vocabulary cost as much as the rest of a small model, mostly in passes over memory.
+Here each logit is computed once, and what the backward pass needs of it is kept in the dtype of the computation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits in fp32 at a time: few enough to stay in a CPU's cache, or to fill a GPU.
+_CPU_LOGITS, _GPU_LOGITS = 2**22, 2**26
+
+
+def chosen_logprobs(
+    states: Tensor, weight: Tensor, targets: Tensor, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(scale * states @ weight.T), and that distribution's entropy.
+
+    Runs in autocast's dtype where that is on. Gradients of any order but the first are not there.
+
+    Args:
+        states: [N, H]; weight: [V, H]; targets: int64 [N].
+        entropy: without it the second value is empty.
+
+    Returns:
+        float32 [N] each, in nats.
+    """
+    return _ChosenLogprobs.apply(states, weight, targets, scale, entropy)
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, scale: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        x, w = states.to(dtype), weight.to(dtype)
+        count, vocab = len(targets), len(weight)
+        chosen = torch.empty(count, device=x.device)
+        entropies = torch.empty(count if entropy else 0, device=x.device)
+        # p - onehot: minus the gradient of a log-prob by the logits.
+        error = x.new_empty(count, vocab) if any(ctx.needs_input_grad[:2]) else None
+        rows = max((_CPU_LOGITS if device == "cpu" else _GPU_LOGITS) // vocab, 1)
+        for start in range(0, count, rows):
+            part = slice(start, start + rows)
+            logits = (x[part] @ w.t()).float()
+            if scale != 1:
+                logits *= scale
+            logp = logits.log_softmax(dim=1)
+            chosen[part] = logp.gather(1, targets[part, None]).squeeze(1)
+            if error is None and not entropy:
+                continue
+            p = torch.exp(logp, out=logits)
+            if error is not None:
+                error[part] = p
+            if entropy:
+                entropies[part] = -(p.mul_(logp)).sum(dim=1)
+        if error is not None:
+            # Where the target is nearly certain, 1 - p has digits that p in bf16 has not.
+            error[torch.arange(count, device=x.device), targets] = chosen.expm1().to(dtype)
+            ctx.save_for_backward(x, w, targets, error, chosen, entropies)
+            ctx.scale, ctx.dtypes = scale, (states.dtype, weight.dtype)
+        return chosen, entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad_chosen: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, targets, error, chosen, entropies = ctx.saved_tensors
+        factor = -ctx.scale * grad_chosen[:, None]
+        if len(entropies) and grad_entropies.any():
+            # Both gradients go through the logits: d entropy / d logits = -p * (log p + entropy).
+            p = error.float()
+            p[torch.arange(len(targets), device=p.device), targets] = chosen.exp()
+            slope = torch.xlogy(p, p).add_(p * entropies[:, None]).mul_(-ctx.scale * grad_entropies[:, None])
+            error = slope.add_(factor * error.float()).to(error.dtype)
+            factor = torch.ones_like(factor)
+        states_dtype, weight_dtype = ctx.dtypes
+        grad_states = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_states = ((error @ w).float() * factor).to(states_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (error.t() @ (x.float() * factor).to(x.dtype)).to(weight_dtype)
+        return grad_states, grad_weight, None, None, None

@@ -1,0 +1,35 @@
+"""The value function: what reward a policy is still to get from where it stands."""
+
+import torch
+from torch import Tensor, nn
+
+from rl_llm.policies.causal_lm import CausalLM
+from rl_llm.policies.groups import GroupBatch
+
+
+class ValueFunction:
+    """One number for each state that a completion token is chosen in: a linear head on a trunk.
+
+    Attributes:
+        trunk: a model of its own, which learns too; None where the head reads the policy's states.
+        parameters: what learns beside the policy, by name; the head starts at 0, so that the first values are 0.
+    """
+
+    def __init__(self, policy: CausalLM, own: bool) -> None:
+        self.trunk = policy.clone() if own else None
+        self.head = nn.Linear(policy.lm.config.hidden_size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        trunk = {} if self.trunk is None else self.trunk.trainable
+        self.parameters: dict[str, nn.Parameter] = {
+            **{f"value.trunk.{name}": p for name, p in trunk.items()},
+            **{f"value.head.{name}": p for name, p in self.head.named_parameters()},
+        }
+
+    def values(self, batch: GroupBatch, states: Tensor) -> Tensor:
+        """float32 [R, T], 0 where there is no token; `states` [N, H] are the policy's, see `Forward`."""
+        if self.trunk is not None:
+            states = self.trunk.states(batch)
+        # In fp32: autocast would round values that are near to each other to one.
+        with torch.autocast(states.device.type, enabled=False):
+            return batch.layout(self.head(states.float()).squeeze(1))
