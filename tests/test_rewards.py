@@ -126,6 +126,12 @@ def test_length_refuses_settings_that_do_not_go_together(args):
         component("length", args=args)
 
 
+def test_overlong_punishes_from_the_buffer_on():
+    lengths = [16384, 18432, 20480, 20481]
+    ids = [range(n) for n in lengths]
+    assert values("overlong", [""] * 4, {"limit": 20480, "buffer": 4096}, ids=ids) == [0, -0.5, -1, -1]
+
+
 def test_vocab():
     texts = ["a b a b a b", "a b c", "a", ""]
     assert values("vocab", texts) == [2, 3, 1, 0]
@@ -148,7 +154,7 @@ def test_sentiment():
 
 @pytest.mark.parametrize("use", sorted(known()))
 def test_built_ins_read_messages_and_stay_in_their_range(use):
-    args = {"pattern": "cat"} if use == "regex" else {}
+    args = {"regex": {"pattern": "cat"}, "overlong": {"limit": 3, "buffer": 2}}.get(use, {})
     texts = ["the cat sat, happy", "", "dog " * 30]
     fields = {
         "reference": ["the cat sat", ["a cat", "the dog"], "x"],

@@ -74,6 +74,22 @@ def _count_words(text: str) -> int:
     return len(words(text))
 
 
+@reward("overlong", range=(-1, 0))
+def overlong(
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    limit: Annotated[int, Field(ge=1)],
+    buffer: Annotated[int, Field(ge=1)],
+    **columns: Any,
+) -> list[float]:
+    """Soft overlong punishment of DAPO, equation 13 (arXiv 2503.14476), in tokens with the end token.
+
+    0 up to `limit - buffer` tokens, then in a straight line to -1 at `limit`, and -1 beyond.
+    """
+    return [max(min((limit - buffer - len(ids)) / buffer, 0.0), -1.0) for ids in completion_ids]
+
+
 @reward("vocab", range=(-1, math.inf))
 def vocab(
     completions: Sequence[Any],

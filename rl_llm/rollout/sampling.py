@@ -70,15 +70,26 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[i
     if params.temperature > 0:
         logits /= params.temperature
     weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
-    total = weights.sum(dim=1, dtype=torch.float64)
     kept_weights = _truncate(weights, params, banned)
+    blocks = _block_sums(kept_weights)
     if params.temperature > 0:
-        tokens = _inverse_cdf(kept_weights, uniform.to(logits.device))
+        tokens = _inverse_cdf(kept_weights, blocks, uniform.to(logits.device))
     else:
         tokens = kept_weights.argmax(dim=1)
     chosen = weights.gather(1, tokens[:, None]).squeeze(1).double()
-    kept = total if kept_weights is weights else kept_weights.sum(dim=1, dtype=torch.float64)
+    kept = blocks.sum(dim=1)
+    total = kept if kept_weights is weights else _block_sums(weights).sum(dim=1)
     return Drawn(tokens, (chosen / total).log().float(), (kept / total).log().float())
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """float64 [R, ceil(V / block)]: sums of `_BLOCK` neighbours, which fp32 holds, to be added up further in float64."""
+    rows, vocab = weights.shape
+    whole = vocab - vocab % _BLOCK
+    sums = weights[:, :whole].view(rows, -1, _BLOCK).sum(dim=2)
+    if whole < vocab:
+        sums = torch.cat([sums, weights[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    return sums.double()
 
 
 def _truncate(weights: Tensor, params: SamplingParams, banned: list[int]) -> Tensor:
@@ -101,19 +112,19 @@ def _truncate(weights: Tensor, params: SamplingParams, banned: list[int]) -> Ten
     return kept
 
 
-def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+def _inverse_cdf(weights: Tensor, blocks: Tensor, uniform: Tensor) -> Tensor:
     """Token whose stretch of the cumulated weights holds the uniform: one number a row instead of one a token.
 
     Cumulates blocks first and then inside the chosen block only, in float64. A token of weight 0 is never chosen.
     """
-    rows, vocab = weights.shape
-    blocks = torch.nn.functional.pad(weights, (0, -vocab % _BLOCK)).view(rows, -1, _BLOCK)
-    coarse = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    coarse = blocks.cumsum(dim=1)
     point = _below(uniform * coarse[:, -1], coarse[:, -1])
     block = torch.searchsorted(coarse, point[:, None], right=True)
-    before = torch.where(block > 0, coarse.gather(1, (block - 1).clamp(min=0)), 0.0).squeeze(1)
-    fine = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)].double().cumsum(dim=1)
-    inner = torch.searchsorted(fine, _below(point - before, fine[:, -1])[:, None], right=True)
+    before = coarse.gather(1, block) - blocks.gather(1, block)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, places.clamp(max=weights.shape[1] - 1)).double()
+    fine = inside.masked_fill_(places >= weights.shape[1], 0).cumsum(dim=1)
+    inner = torch.searchsorted(fine, _below(point - before.squeeze(1), fine[:, -1])[:, None], right=True)
     return (block * _BLOCK + inner).squeeze(1)
 
 
