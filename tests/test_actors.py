@@ -5,14 +5,18 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import tiny
 from conftest import Tiny
 
 import rl_llm
+from rl_llm.collector import Collector, _Batch
+from rl_llm.config import ResourcesConfig
 from rl_llm.logger import Callback
+from rl_llm.rewards import Scores
 from rl_llm.run import Run
-from rl_llm.workers import Request
+from rl_llm.workers import Outcome, Request, RequestFailed
 
 # Small shares of a CPU: the actors of a test fit into the tests' Ray whatever else is in it.
 SHARES = {"num_cpus_per_rollout_worker": 0.5, "num_cpus_per_reward_worker": 0.5, "num_cpus_per_learner": 0.5}
@@ -108,6 +112,43 @@ def test_hanging_reward_is_masked_row_by_row(tiny_run: Tiny, ray_session: None, 
     assert "deadline of 1.5 s" in failure["message"]
     assert "deadline of 1.5 s" in (run.path / "report.html").read_text()
     assert run.status == "finished"
+
+
+class Sent(list):  # type: ignore[type-arg]
+    """Stands in for a pool of one reward worker."""
+
+    size = 1
+    submit = list.append
+
+
+def test_quick_components_share_a_request_until_one_is_lost() -> None:
+    sent, names = Sent(), ["a", "b", "slow"]
+    collector = Collector(None, sent, dict.fromkeys(names, 60.0), ResourcesConfig())  # type: ignore[arg-type]
+    seconds = {"a": 0.1, "b": 0.1, "slow": 30.0}
+    scores = {name: Scores([1.0], ["ok"], seconds[name], []) for name in names}
+    summary = pa.table({"length": [1]})
+
+    def asked(batch: _Batch, outcome: Outcome | None = None) -> list[Any]:
+        """The requests that a rollout, or the outcome of the first request of all, leads to."""
+        before = len(sent)
+        if outcome is None:
+            batch.take_rollout(Request(f"{batch.name}/0", "sample", (), 1.0), Outcome(summary, "shard"))
+        else:
+            batch.take_scores(sent[-2], outcome)
+        return [request.args[0] for request in sent[before:]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rl_llm.collector.share", lambda shard: shard)
+        first = _Batch(collector, "step-1", names)
+        assert asked(first) == names
+        for request in list(sent):
+            first.take_scores(request, Outcome(scores[request.args[0]]))
+        assert first.scores == {(0, name): scores[name] for name in names}
+        assert asked(_Batch(collector, "step-2", names)) == [["a", "b"], "slow"]
+        third = _Batch(collector, "step-3", names)
+        assert asked(third) == [["a", "b"], "slow"]
+        assert asked(third, Outcome(error=RequestFailed("timeout", "too slow"))) == ["a", "b"]
+        assert asked(_Batch(collector, "step-4", names)) == names
 
 
 def test_async_reward_is_cancelled_and_its_worker_lives(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from rl_llm.config import ResourcesConfig
@@ -48,6 +50,12 @@ class Clerk:
 
     def shard(self, number: int) -> tuple[int, list[int]]:
         return number, list(range(number))
+
+    def table(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+        return table, table
+
+    def weights(self) -> tuple[None, np.ndarray]:
+        return None, np.zeros(2**20, np.uint8)
 
     def fail(self, message: str) -> None:
         raise LookupError(message)
@@ -251,6 +259,32 @@ def test_the_second_return_stays_in_the_object_store(make_pool: MakePool) -> Non
     assert outcome.value == 3
     assert isinstance(outcome.shard, ray.ObjectRef)
     assert fetch([outcome.shard, "plain"]) == [[0, 1, 2], "plain"]
+
+
+def test_a_table_travels_whole_and_a_slice_without_the_rest(make_pool: MakePool) -> None:
+    import ray
+
+    from rl_llm.cluster import send_tables_as_ipc
+
+    send_tables_as_ipc()
+    whole = pa.table({"number": range(100_000), "ids": [[1, 2]] * 100_000}).replace_schema_metadata({"of": "a task"})
+    few = whole.slice(7, 3)
+    assert len(ray.cloudpickle.dumps(few)) < 10_000
+    pool = make_pool(1)
+    for name, table in {"few": few, "none": whole.slice(0, 0)}.items():
+        pool.submit(request(name, "table", table, returns=2))
+        outcome = answers(pool)[name]
+        for received in (outcome.value, *fetch([outcome.shard])):
+            assert received.equals(table, check_metadata=True)
+
+
+def test_an_array_is_mapped_by_its_readers(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.submit(request("a", "weights", returns=2))
+    shard = answers(pool)["a"].shard
+    first, second = fetch([shard, shard])
+    assert not first.flags.writeable
+    assert np.shares_memory(first, second)
 
 
 def test_cancel_forgets_all_requests_and_leaves_the_pool_usable(make_pool: MakePool) -> None:

@@ -19,6 +19,7 @@ from rl_llm.errors import UserError
 from rl_llm.policies.attention import GROUPED
 from rl_llm.policies.groups import GroupBatch
 from rl_llm.policies.logprobs import chosen_logprobs
+from rl_llm.policies.memory import keep_freed_memory
 
 # Logits of this many tokens exist at once; more would not be faster, only larger.
 LOGPROB_CHUNK = 512
@@ -81,6 +82,8 @@ class CausalLM:
         """Load from a Hugging Face folder or Hub name. Raises `UserError` if there is no such model."""
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
             self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -71,7 +71,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         factor = -ctx.scale * grad_chosen[:, None]
         if len(entropies) and grad_entropies.any():
             # Both gradients go through the logits: d entropy / d logits = -p * (log p + entropy).
-            p = error.float()
+            p = error.to(torch.float32, copy=True)
             p[torch.arange(len(targets), device=p.device), targets] = chosen.exp()
             slope = torch.xlogy(p, p).add_(p * entropies[:, None]).mul_(-ctx.scale * grad_entropies[:, None])
             error = slope.add_(factor * error.float()).to(error.dtype)

@@ -4,8 +4,10 @@ Each scores a completion by itself, so that a mean over samples is no corpus sco
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -56,21 +58,27 @@ def chrf(
     **columns: Any,
 ) -> list[float | None]:
     """chrF2: F-score of character n-grams against the best reference, 0 to 1; `word_order: 2` makes it chrF++."""
-    return against_references(
-        completions,
-        reference,
-        lambda text, references: (
-            _chrf_scorer(tuple(references), word_order, lowercase).corpus_score([text], None).score / 100
-        ),
-    )
-
-
-# The samples of a group share their references, whose n-grams are a third of the work.
-@functools.lru_cache(maxsize=128)
-def _chrf_scorer(references: tuple[str, ...], word_order: int, lowercase: bool) -> Any:
     from sacrebleu.metrics import CHRF
 
-    return CHRF(word_order=word_order, lowercase=lowercase, references=[[text] for text in references])
+    scorer = functools.partial(CHRF, word_order=word_order, lowercase=lowercase)
+    alone = scorer()
+    out: list[float | None] = []
+    for _, group in itertools.groupby(zip(completions, reference, strict=True), key=operator.itemgetter(1)):
+        texts, given = zip(*group, strict=True)
+        if len(texts) > 1:
+            out += _chrf_of_group(texts, given, scorer)
+        else:
+            out += against_references(texts, given, lambda text, refs: alone.sentence_score(text, refs).score / 100)
+    return out
+
+
+def _chrf_of_group(texts: Sequence[Any], reference: Sequence[Any], scorer: Callable[..., Any]) -> list[float | None]:
+    # The samples of a group share their references, whose n-grams are a third of the work; keeping them costs a
+    # twentieth where they are read once.
+    keeping = functools.cache(lambda *refs: scorer(references=[[text] for text in refs]))
+    return against_references(
+        texts, reference, lambda text, refs: keeping(*refs).corpus_score([text], None).score / 100
+    )
 
 
 @reward("ter", range=(-math.inf, 0))

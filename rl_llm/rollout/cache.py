@@ -21,6 +21,8 @@ class _GroupLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        # Under autocast rotated keys are fp32; attention would cast all of them anew for every token.
+        key_states = key_states.to(value_states.dtype)
         start, self.length = self.length, self.length + key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

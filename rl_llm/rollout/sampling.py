@@ -83,7 +83,7 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[i
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """float64 [R, ceil(V / block)]: sums of `_BLOCK` neighbours, which fp32 holds, to be added up further in float64."""
+    """float64 [R, ceil(V / block)]: sums of `_BLOCK` neighbours; fp32 is enough for so few, not for all."""
     rows, vocab = weights.shape
     whole = vocab - vocab % _BLOCK
     sums = weights[:, :whole].view(rows, -1, _BLOCK).sum(dim=2)

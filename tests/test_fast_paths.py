@@ -1,0 +1,127 @@
+"""What is fast says the same as what is plain: log-probs from states, their gradients, and what the cache holds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import Tiny
+
+from rl_llm.config import PolicyConfig
+from rl_llm.policies import CausalLM, logprobs
+from rl_llm.policies.groups import make_groups, pack
+from rl_llm.policies.logprobs import chosen_logprobs
+from rl_llm.rollout.cache import GroupCache
+
+COUNT, WIDTH, VOCAB = 23, 16, 300
+
+
+def plain(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logp = (scale * states @ weight.t()).log_softmax(dim=1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(dim=1)
+
+
+def made(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(COUNT, WIDTH, generator=generator).requires_grad_()
+    weight = (0.5 * torch.randn(VOCAB, WIDTH, generator=generator)).requires_grad_()
+    return states, weight, torch.randint(0, VOCAB, (COUNT,), generator=generator)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 7, 1000])
+@pytest.mark.parametrize("scale", [1.0, 1.6])
+@pytest.mark.parametrize("of_entropy", [0.0, 0.3])
+def test_logprobs_entropy_and_gradients_are_those_of_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, scale: float, of_entropy: float
+) -> None:
+    monkeypatch.setattr(logprobs, "_CPU_LOGITS", rows_at_a_time * VOCAB)
+    states, weight, targets = made()
+    by_token = torch.linspace(-1, 1, COUNT)
+    results = []
+    for formula in (plain, lambda *given: chosen_logprobs(*given, entropy=True)):
+        chosen, entropy = formula(states, weight, targets, scale)
+        loss = (by_token * chosen).sum() + of_entropy * (by_token**2 * entropy).sum()
+        results.append((chosen, entropy, *torch.autograd.grad(loss, (states, weight))))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_head_gets_no_gradient_and_passes_it_on_to_the_states() -> None:
+    states, weight, targets = made()
+    (expected,) = torch.autograd.grad(plain(states, weight, targets, 1.0)[0].sum(), states)
+    frozen = weight.detach()
+    chosen, entropy = chosen_logprobs(states, frozen, targets, 1.0, entropy=False)
+    chosen.sum().backward()
+    torch.testing.assert_close(states.grad, expected, atol=1e-5, rtol=1e-4)
+    assert len(entropy) == 0
+    assert not chosen_logprobs(states.detach(), frozen, targets, 1.0, entropy=False)[0].requires_grad
+
+
+def test_nothing_to_predict_gives_nothing() -> None:
+    states, weight, _ = made()
+    chosen, _ = chosen_logprobs(states[:0], weight, torch.zeros(0, dtype=torch.int64), 1.0, entropy=True)
+    assert chosen.shape == (0,)
+    chosen.sum().backward()
+    assert not weight.grad.any()
+
+
+def test_gradient_in_bf16_is_near_that_in_fp32_even_where_the_target_is_nearly_certain() -> None:
+    states, weight, targets = made()
+    with torch.no_grad():
+        # Probabilities of 0.9 to 0.9999, whose distance from 1 has at most three bits of a bf16 number.
+        states.copy_(torch.linspace(8, 14, COUNT)[:, None] * weight[targets] / (weight[targets] ** 2).sum(1, True))
+        states.copy_(states.bfloat16())
+        weight.copy_(weight.bfloat16())
+    exact = torch.autograd.grad(plain(states, weight, targets, 1.0)[0].sum(), (states, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chosen, _ = chosen_logprobs(states, weight, targets, 1.0, entropy=False)
+    for found, expected in zip(torch.autograd.grad(chosen.sum(), (states, weight)), exact, strict=True):
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gemma2", {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0}),
+        ("cohere", {**GATED, "logit_scale": 0.3}),
+        ("granite", {**GATED, "logits_scaling": 3.0}),
+        ("phi", {"intermediate_size": 48}),  # its head has a bias
+    ],
+)
+def test_head_of_every_architecture_learns_as_in_a_plain_forward(
+    tiny_run: Tiny, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    policy = CausalLM(
+        tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings), PolicyConfig(precision="fp32")
+    )
+    prompt, completion = np.array([5, 9, 11]), np.array([21, 3, 40, 8])
+    out = policy.forward(pack(make_groups([0], [prompt], [completion], 100)), temperature=0.7, entropy=True)
+    ids = torch.tensor(np.concatenate([prompt, completion]))
+    logp = (policy.lm(input_ids=ids[None]).logits[0, 2:-1] / 0.7).log_softmax(dim=1)
+    chosen, entropy = logp.gather(1, ids[3:, None]).squeeze(1), -(logp.exp() * logp).sum(dim=1)
+    weight = policy.lm.get_output_embeddings().weight
+    found, expected = (
+        torch.autograd.grad((a * torch.arange(4)).sum() + b.sum(), weight)[0]
+        for a, b in ((out.logprobs[0], out.entropy[0]), (chosen, entropy))
+    )
+    torch.testing.assert_close(out.logprobs[0], chosen, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.entropy[0], entropy, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_cache_keeps_keys_in_the_dtype_attention_reads_them_in() -> None:
+    cache = GroupCache(1)
+    key, value = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4).bfloat16()
+    assert cache.update(key, value, 0)[0].dtype == torch.bfloat16
+    cache.spread(2, room=1)
+    keys, values = cache.update(torch.ones(4, 1, 1, 4), torch.ones(4, 1, 1, 4).bfloat16(), 0)
+    assert keys.dtype == values.dtype == torch.bfloat16
+    torch.testing.assert_close(keys[:, :, :3], key.bfloat16().repeat_interleave(2, dim=0))
