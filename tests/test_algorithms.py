@@ -1,148 +1,169 @@
-"""Advantages and losses against known answers, worked out in float64 from the formulas of each paper."""
+"""Presets, and what the config puts over them."""
 
 import pytest
 import torch
+from known import ALL, DIVISOR, GROUPS, MASK, NEW, OLD, REF, REWARDS, VALUES, close, f64
 
-from rl_llm.algorithms import PRESETS, advantages, build_algorithm, losses
-from rl_llm.algorithms.losses import Divisor
+from rl_llm.algorithms import PRESETS, Algorithm, advantages, build_algorithm, losses
+from rl_llm.algorithms.kl import kl
 from rl_llm.config import AlgorithmConfig
+from rl_llm.errors import UserError
 
-MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
-
-
-def f64(rows):
-    return torch.tensor(rows, dtype=torch.float64)
+GROUPED = sorted(name for name, algorithm in PRESETS.items() if not algorithm.per_token)
 
 
-OLD = f64(
-    [[-1.0, -0.5, -2.0, 0, 0], [-0.7, -1.2, -0.3, -0.9, -1.5], [-0.4, -2.5, 0, 0, 0], [-1.1, -0.6, -0.8, -1.9, 0]]
-)
-NEW = OLD + f64(
-    [[0.1, 0.3, -0.4, 0, 0], [0.05, -0.25, 0, 0.2, -0.1], [-0.3, 1.2, 0, 0, 0], [0.15, -0.05, 0.35, -0.6, 0]]
-)
-REF = OLD + f64([[-0.05, 0.1, 0.2, 0, 0], [0, 0.15, -0.1, 0.05, 0.25], [0.2, -0.3, 0, 0, 0], [0.1, 0, -0.2, 0.3, 0]])
-REWARDS = f64([1, 0, 0.5, 2])
-GROUPS = torch.tensor([0, 0, 1, 1])
-ALL = torch.ones(4, dtype=torch.bool)
-DIVISOR = Divisor(tokens=int(MASK.sum()), sequences=4, max_length=5)
+def built(name="grpo", **settings) -> Algorithm:
+    return build_algorithm(AlgorithmConfig(name=name, **settings))
 
 
-def close(actual, expected, rel=1e-12):
-    torch.testing.assert_close(torch.as_tensor(actual), f64(expected), rtol=rel, atol=0)
-
-
-def test_grpo_advantages():
-    a, b = 0.7071057811879616, 0.7071061145205095
-    close(advantages.grpo(REWARDS, GROUPS, ALL), [a, -a, -b, b])
-
-
-def test_dr_grpo_advantages():
-    close(advantages.dr_grpo(REWARDS, GROUPS, ALL), [0.5, -0.5, -0.75, 0.75])
-
-
-def test_rloo_advantages():
-    close(advantages.rloo(REWARDS, GROUPS, ALL), [1, -1, -1.5, 1.5])
+def loss_of(algorithm: Algorithm, advantage=None, extra=0.0):
+    """The batch's loss, with a group's advantages if none are given."""
+    if advantage is None:
+        advantage = algorithm.estimator(REWARDS, GROUPS, ALL)[:, None]
+    token_loss, _ = algorithm.loss(NEW, OLD, advantage, MASK)
+    return losses.aggregate(token_loss + extra, MASK, algorithm.aggregation, DIVISOR)
 
 
 @pytest.mark.parametrize(
-    ("preset", "kl", "expected"),
+    ("preset", "expected"),
     [
-        ("grpo", {}, 0.1941468673334035),
-        ("grpo", {"coef": 0.04, "estimator": "k3"}, 0.20142261732371952),
-        ("dr_grpo", {}, 0.059734568439528776),
-        ("rloo", {}, 0.1706701955415109),
+        ("grpo", 0.1941468673334035),
+        ("dr_grpo", 0.059734568439528776),
+        ("rloo", 0.1706701955415109),
+        ("dapo", 0.10607910075876344),
+        ("gspo", 0.10691758546508767),
+        ("cispo", -0.1335414512106646),
     ],
 )
-def test_losses(preset, kl, expected):
-    algorithm = build_algorithm(AlgorithmConfig(name=preset, kl=kl))
-    advantage = algorithm.advantage(REWARDS, GROUPS, ALL)[:, None]
-    loss = losses.clipped(NEW, OLD, advantage, algorithm.clip_low, algorithm.clip_high)
-    if algorithm.kl.coef:
-        loss = loss + algorithm.kl.coef * losses.kl(NEW, REF, algorithm.kl.estimator)
-    close(losses.aggregate(loss, MASK, algorithm.aggregation, DIVISOR), expected)
+def test_loss_of_a_group_preset(preset, expected):
+    close(loss_of(built(preset)), expected)
 
 
-def test_unequal_clip_bounds():
+def test_grpo_with_a_kl():
+    algorithm = built(kl={"coef": 0.04})
+    close(loss_of(algorithm, extra=0.04 * kl(NEW, REF, algorithm.kl_estimator)), 0.20142261732371952)
+
+
+def test_cispo_with_both_bounds():
+    close(loss_of(built("cispo", clip_low=0.2, clip_high=0.28)), 0.04033778106555224)
+
+
+def test_dual_clip():
+    algorithm = built("ppo", advantage="grpo", dual_clip=3.0)
+    close(loss_of(algorithm), 0.09799198063220453)
+
+
+def test_ppo():
+    algorithm = built("ppo", gamma=0.99)
+    assert algorithm.whiten
+    raw = advantages.gae(advantages.token_rewards(REWARDS, MASK), VALUES, MASK, algorithm.gamma, algorithm.lam)
+    close(loss_of(algorithm, advantages.whiten(raw, MASK)), 0.09789711767887728)
+
+
+def test_reinforce_pp():
+    algorithm = built("reinforce_pp", kl={"coef": 0.01})
+    assert algorithm.whiten
+    penalty = 0.01 * torch.where(MASK, kl(OLD, REF, algorithm.kl_estimator), 0.0)
+    rewards = advantages.token_rewards(REWARDS, MASK) - penalty
+    returns = advantages.discounted_returns(rewards, MASK, algorithm.gamma)
+    close(loss_of(algorithm, advantages.whiten(returns, MASK)), 0.07724390005251999)
+
+
+def test_reinforce_is_minus_advantage_times_log_prob():
+    advantage = advantages.whiten(REWARDS[:, None].expand(MASK.shape), MASK)
+    close(loss_of(built("reinforce"), advantage), -(advantage * NEW)[MASK].mean())
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("seed", range(2))
+def test_loss_does_not_depend_on_split_padding_or_order(preset, seed):
+    algorithm = built(preset)
+    generator = torch.Generator().manual_seed(seed)
+    advantage = torch.randn(MASK.shape, generator=generator, dtype=torch.float64)
+    whole = loss_of(algorithm, advantage)
+
+    def part(rows):
+        wide = [torch.nn.functional.pad(x[rows], (0, 3), value=fill) for x, fill in ((NEW, 3.0), (OLD, -2.0))]
+        mask = torch.nn.functional.pad(MASK[rows], (0, 3))
+        token_loss, _ = algorithm.loss(*wide, torch.nn.functional.pad(advantage[rows], (0, 3), value=9.0), mask)
+        return losses.aggregate(token_loss, mask, algorithm.aggregation, DIVISOR)
+
+    close(part([2, 0, 3, 1]), whole)
+    close(part([3, 1]) + part([2]) + part([0]), whole)
+
+
+@pytest.mark.parametrize("preset", GROUPED)
+def test_equal_rewards_give_a_group_preset_no_gradient(preset):
+    algorithm = built(preset)
+    logprobs = NEW.clone().requires_grad_()
+    advantage = algorithm.estimator(f64([0.1] * 4), GROUPS, ALL)[:, None]
+    token_loss, _ = algorithm.loss(logprobs, OLD, advantage, MASK)
+    losses.aggregate(token_loss, MASK, algorithm.aggregation, DIVISOR).backward()
+    assert not logprobs.grad.any()
+
+
+def test_share_of_clipped_is_where_the_ratio_left_its_bounds():
     advantage = advantages.grpo(REWARDS, GROUPS, ALL)[:, None]
-    loss = losses.clipped(NEW, OLD, advantage, low=0.2, high=0.28)
-    close(losses.aggregate(loss, MASK, "token_mean", DIVISOR), 0.10607910075876344)
+    _, outside = built("dapo").loss(NEW, OLD, advantage, MASK)
+    ratio = (NEW - OLD).exp()
+    assert torch.equal(outside, (ratio < 0.8) | (ratio > 1.28))
+    _, outside = built("gspo").loss(NEW, OLD, advantage, MASK)
+    assert outside.all(dim=1).tolist() == outside.any(dim=1).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize(
-    ("estimator", "expected"),
-    [("k1", -0.0035714285714285904), ("k2", 0.15562499999999996), ("k3", 0.14215210488232424)],
-)
-def test_kl_estimators(estimator, expected):
-    close(losses.aggregate(losses.kl(NEW, REF, estimator), MASK, "token_mean", DIVISOR), expected, rel=1e-10)
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_algorithm_that_makes_token_advantages_has_the_batch_as_its_group(preset):
+    algorithm = built(preset)
+    assert algorithm.per_token == (preset in ("ppo", "reinforce", "reinforce_pp"))
+    groups = algorithm.baseline_groups(GROUPS)
+    assert torch.equal(groups, torch.zeros(4, dtype=torch.int64) if algorithm.per_token else GROUPS)
 
 
-def test_gradient_of_kl_estimators_as_losses():
-    """Expected over the policy itself: that of the KL for k2, of the reverse KL for k3 and none for k1."""
-    reference = f64([0.3, -0.2, 0.9, 0.1]).log_softmax(dim=0)
-
-    def gradient(loss):
-        logits = f64([0.5, 1.0, -0.3, 0.0]).requires_grad_()
-        loss(logits.log_softmax(dim=0)).backward()
-        return logits.grad
-
-    def expected(estimator):
-        return gradient(lambda lp: (lp.exp().detach() * losses.kl(lp, reference, estimator)).sum())
-
-    torch.testing.assert_close(expected("k1"), torch.zeros(4, dtype=torch.float64))
-    torch.testing.assert_close(expected("k2"), gradient(lambda lp: (lp.exp() * (lp - reference)).sum()))
-    torch.testing.assert_close(expected("k3"), gradient(lambda lp: (reference.exp() * (reference - lp)).sum()))
+# ---- settings
 
 
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        ("token_mean", 45 / 14),
-        ("token_sum", 45),
-        ("seq_mean_token_sum", 45 / 4),
-        ("seq_mean_token_sum_norm", 45 / 20),
-        ("seq_mean_token_mean", (2 + 3 + 1.5 + 5.25) / 4),
-    ],
-)
-def test_aggregations_and_their_independence_of_split_and_padding(how, expected):
-    token_loss = f64([[1, 2, 3, 9, 9], [1, 2, 3, 4, 5], [1, 2, 9, 9, 9], [3, 4, 6, 8, 9]])
-    whole = losses.aggregate(token_loss, MASK, how, DIVISOR)
-    close(whole, expected)
-    parts = [losses.aggregate(token_loss[i : i + 1], MASK[i : i + 1], how, DIVISOR) for i in (2, 0, 3, 1)]
-    close(sum(parts), expected)
-    padded = losses.aggregate(
-        torch.nn.functional.pad(token_loss, (0, 3), value=torch.nan),
-        torch.nn.functional.pad(MASK, (0, 3)),
-        how,
-        DIVISOR,
-    )
-    close(padded, expected)
+def test_settings_go_over_the_preset():
+    algorithm = built("grpo", advantage="rloo", ratio="sequence", clip_high=0.5, loss="cispo", aggregation="token_sum")
+    assert (algorithm.advantage, algorithm.ratio, algorithm.aggregation) == ("rloo", "sequence", "token_sum")
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.policy_loss) == (0.2, 0.5, losses.cispo)
+    assert built("dapo", resample=0).resample == 0
+    assert built("ppo", whiten=False).whiten is False
+    assert built("ppo", lam=0.0).lam == 0
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_rows_without_a_reward_change_nothing_for_the_others(name):
-    estimator = PRESETS[name].advantage
-    rewards = torch.cat([REWARDS, f64([torch.nan, torch.nan])])
-    groups = torch.cat([GROUPS, torch.tensor([0, 7])])
-    valid = torch.cat([ALL, torch.tensor([False, False])])
-    result = estimator(rewards, groups, valid)
-    close(result[:4], estimator(REWARDS, GROUPS, ALL).tolist())
-    assert result[4:].tolist() == [0, 0]
+def doubled(x: losses.LossInputs) -> torch.Tensor:
+    return 2 * losses.clipped(x)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_equal_rewards_and_lone_rows_give_no_advantage(name):
-    result = PRESETS[name].advantage(f64([3, 3, 3, 8]), torch.tensor([0, 0, 0, 1]), ALL)
-    assert result.tolist() == [0, 0, 0, 0]
+def test_loss_can_be_a_function_of_ones_own():
+    close(loss_of(built(loss=f"{__name__}:doubled")), 2 * 0.1941468673334035)
 
 
-def test_std_floor_bounds_what_noise_is_blown_up_to():
-    rewards = f64([1.0, 1.0 + 1e-3, 0, 2])
-    free = advantages.grpo(rewards, GROUPS, ALL)
-    floored = advantages.grpo(rewards, GROUPS, ALL, std_floor=0.5)
-    assert free[1] > 0.7
-    assert floored[1] == pytest.approx(1e-3 / 2 / 0.5, rel=1e-5)
-    assert floored[3] == free[3]
+def test_unknown_loss_is_refused():
+    with pytest.raises(UserError, match="did you mean 'clipped'"):
+        built(loss="cliped")
 
 
-def test_rloo_is_dr_grpo_scaled():
-    close(advantages.rloo(REWARDS, GROUPS, ALL), (2 * advantages.dr_grpo(REWARDS, GROUPS, ALL)).tolist())
+@pytest.mark.parametrize(("preset", "estimator"), [("grpo", "k3"), ("gspo", "k3"), ("rloo", "k1"), ("ppo", "k1")])
+def test_estimator_of_the_kl_goes_by_its_place(preset, estimator):
+    assert built(preset, kl={"coef": 0.1}).kl_estimator == estimator
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "cispo"])
+def test_kl_in_the_reward_is_refused_where_it_would_miss_the_division(preset):
+    with pytest.raises(UserError, match=r"kl\.placement=reward: the advantage grpo"):
+        built(preset, kl={"coef": 0.1, "placement": "reward"})
+    built(preset, kl={"placement": "reward"})  # without a KL there is nothing to place
+    built(preset, kl={"coef": 0.1, "placement": "reward"}, advantage="dr_grpo")
+
+
+def test_k1_in_the_loss_is_refused():
+    with pytest.raises(UserError, match=r"k1 teaches nothing in the loss"):
+        built(kl={"coef": 0.1, "estimator": "k1"})
+    assert built(kl={"coef": 0.1, "estimator": "k2"}).kl_estimator == "k2"
+
+
+def test_bounds_of_the_correction_are_the_kinds_own_unless_given():
+    assert built(correction={"kind": "icepop"}).correction_bounds == (0.5, 2.0)
+    assert built(correction={"kind": "tis", "high": 5.0}).correction_bounds == (0.0, 5.0)
+    assert built(correction={"kind": "sequence_mask", "low": 0.9}).correction_bounds == (0.9, 1.01)

@@ -9,7 +9,14 @@ from conftest import Tiny
 
 from rl_llm.run import Run
 
-ALGORITHMS = ["grpo", "dr_grpo", "rloo"]
+# At a policy's rate values keep up with rates as high as these tests'.
+VALUE = {"lr_factor": 1.0}
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in ("grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo")},
+    **{name: {"name": name, "value": VALUE} for name in ("reinforce", "reinforce_pp", "ppo")},
+    "ppo_own": {"name": "ppo", "value": {**VALUE, "model": "own"}},
+    "td": {"name": "reinforce", "advantage": "gae", "lam": 0.0, "gamma": 0.9, "value": {**VALUE, "model": "own"}},
+}
 TOKEN = 150
 
 
@@ -33,20 +40,37 @@ def one_token(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [ids.count(TOKEN) / len(ids) for ids in completion_ids]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_constant_target_is_found_by_an_untrained_policy(tiny_run: Tiny, tmp_path: Path, algorithm: str) -> None:
+def constant_target(tiny_run: Tiny, path: Path, algorithm: str, steps: int, **sections: Any) -> Run:
+    """An untrained policy is to find one token of 300."""
     run = solve(
         tiny_run,
-        tmp_path / "run",
+        path,
         {"one_token": one_token},
-        steps=40,
+        steps=steps,
         policy={"model": str(tiny_run.policy.parent / "random")},
-        algorithm={"name": algorithm},
+        algorithm=ALGORITHMS[algorithm],
         rollout={"prompts_per_step": 8, "samples_per_prompt": 16, "rows_per_request": 64, "max_new_tokens": 8},
+        **sections,
     )
     assert run.summary["before"]["one_token"]["mean"] < 0.1
+    return run
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_constant_target_is_found_by_an_untrained_policy(tiny_run: Tiny, tmp_path: Path, algorithm: str) -> None:
+    # Without returns, credit has to come back through the values, token by token.
+    run = constant_target(tiny_run, tmp_path / "run", algorithm, steps=60 if algorithm == "td" else 40)
     assert after(run, "one_token") > 0.9
     assert run.metrics["reward/one_token/mean"].iloc[-1] > 0.9  # sampled, not only greedy
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "cispo", "reinforce_pp", "ppo"])
+def test_several_updates_a_step_find_it_in_fewer_steps(tiny_run: Tiny, tmp_path: Path, algorithm: str) -> None:
+    learner = {"lr": 1e-2, "epochs": 2, "minibatches": 2}
+    run = constant_target(tiny_run, tmp_path / "run", algorithm, steps=20, learner=learner)
+    assert after(run, "one_token") > 0.9
+    assert run.metrics["reward/one_token/mean"].iloc[-1] > 0.9
+    assert run.metrics["clip_fraction"].max() > 0
 
 
 def echo(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
@@ -54,26 +78,40 @@ def echo(completions: list[str], colour: list[str], **columns: Any) -> list[floa
     return [float(text.split() == [wanted]) for text, wanted in zip(completions, colour, strict=True)]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_prompt_dependent_target_is_learned_and_holds_for_unseen_prompts(
-    tiny_run: Tiny, tmp_path: Path, algorithm: str
-) -> None:
-    run = solve(
+def prompt_dependent_target(tiny_run: Tiny, path: Path, algorithm: str, steps: int, lr: float) -> Run:
+    return solve(
         tiny_run,
-        tmp_path / "run",
+        path / "run",
         {"echo": echo},
-        steps=250,
-        task={"data": str(tiny.write_task(tmp_path / "task.jsonl", count=96))},
-        algorithm={"name": algorithm},
-        learner={"lr": 1e-3},
+        steps=steps,
+        task={"data": str(tiny.write_task(path / "task.jsonl", count=96))},
+        algorithm=ALGORITHMS[algorithm],
+        learner={"lr": lr},
         # Warmer than 1, or some colours are given up before they were tried where they belong.
         rollout={
             "prompts_per_step": 16, "samples_per_prompt": 16, "rows_per_request": 256, "max_new_tokens": 1,
             "temperature": 1.5,
         },
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
+def test_prompt_dependent_target_is_learned_and_holds_for_unseen_prompts(
+    tiny_run: Tiny, tmp_path: Path, algorithm: str
+) -> None:
+    run = prompt_dependent_target(tiny_run, tmp_path, algorithm, steps=250, lr=1e-3)
     assert run.summary["before"]["echo"]["mean"] < 0.5
     assert after(run, "echo") >= 0.95
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce_pp", "ppo"])
+def test_without_groups_a_prompt_dependent_target_is_learned_in_part(
+    tiny_run: Tiny, tmp_path: Path, algorithm: str
+) -> None:
+    run = prompt_dependent_target(tiny_run, tmp_path, algorithm, steps=150, lr=2e-3)
+    assert after(run, "echo") >= 2 * run.summary["before"]["echo"]["mean"]
+    reward = run.metrics["reward/echo/mean"]
+    assert reward.iloc[-10:].mean() > 2 * reward.iloc[:10].mean()
 
 
 def brief(completion_ids: list[list[int]], **columns: Any) -> list[float]:

@@ -95,12 +95,8 @@ def test_chrf_of_a_group_is_the_librarys_of_each():
     from sacrebleu.metrics import CHRF
 
     texts = ["a mat", "the cat", "", "a dog", "the dog"]
-    several = [["the cat sat", "a mat"]] * 2
-    given = [*several, "the cat", "the dog", None]
-    expected = [CHRF().sentence_score(text, refs).score / 100 for text, refs in zip(texts, several, strict=False)]
-    expected += [
-        CHRF().sentence_score(text, [one]).score / 100 for text, one in zip(texts[2:4], given[2:4], strict=True)
-    ]
+    given = [["the cat sat", "a mat"], ["the cat sat", "a mat"], ["the cat"], ["the dog"], None]
+    expected = [CHRF().sentence_score(text, refs).score / 100 for text, refs in zip(texts[:4], given[:4], strict=True)]
     assert values("chrf", texts, reference=given) == [*expected, None]
 
 

@@ -93,5 +93,5 @@ class LearnerConfig(Section):
     minibatches: int = Field(1, ge=1, description="updates in a pass; each takes whole groups")
     tokens_per_microbatch: int = Field(4096, ge=1)
     max_bad_steps: int = Field(
-        3, ge=1, description="steps in a row with a non-finite loss or gradient that end the run"
+        3, ge=1, description="updates in a row with a non-finite loss or gradient that end the run"
     )

@@ -18,10 +18,18 @@ DIVERGING = [[0, "#6f9fd0"], [0.5, "#ffffff"], [1, "#e0876a"]]
 
 SINGLES = {
     "kl": ("KL to the reference", "mean per token, under the policy"),
+    "kl/coef": ("KL coefficient", "what the KL counts in the loss or the reward"),
     "entropy": ("Entropy", "nats per token; a fall towards 0 is a policy that has stopped exploring"),
+    "completion/distinct": ("Distinct completions", "share of samples unlike the others of their group"),
     "completion/length": ("Completion length", "tokens, mean over samples"),
     "completion/stopped": ("Completions that ended by themselves", "share; the others were cut at max_new_tokens"),
     "groups/without_signal": ("Groups without signal", "share of groups whose samples all got the same reward"),
+    "groups/drawn": ("Groups drawn", "for the step, further rounds of prompts included"),
+    "clip_fraction": ("Clipped tokens", "share whose ratio had left its bounds; near 0.5 the batch is used too often"),
+    "value/explained": ("Explained variance", "of the returns by the value function; 1: all of it, 0: no better than a mean"),
+    "value/loss": ("Value loss", "before its weight"),
+    "correction/kept": ("Tokens kept", "share with a weight above 0 where engine and learner disagree"),
+    "correction/weight": ("Correction weight", "mean; 1 where engine and learner agree"),
     "loss": ("Loss", "of the policy; its level means little, spikes do"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "mismatch": ("Mismatch", "mean absolute difference of log-probs between the engine that sampled and the learner"),
