@@ -132,7 +132,7 @@ class Trainer:
         groups = self.algorithm.baseline_groups(rollouts.summary["group"].to_numpy())
         mixed = self.mixture.mix(_values(settled), groups, step, self.algorithm.estimator)
         clock.lap("mixture")
-        columns = _columns(settled, mixed, groups, self.algorithm)
+        columns = _columns(settled, mixed, rollouts.summary["group"].to_numpy(), self.algorithm)
         update = self.crew.learner.call("update", columns, step, self.journal.rollout_path(step + 1), *rollouts.shards)
         clock.lap("learn")
         self.steps_done += 1
@@ -352,8 +352,12 @@ def _columns(settled: Mapping[str, Settled], mixed: Mixed, groups: np.ndarray, a
 
 
 def _trained(mixed: Mixed, groups: np.ndarray) -> np.ndarray:
-    """Rows of groups with signal, bool [N]; where no group has any, all with a reward."""
-    signal = np.isin(groups, groups[mixed.advantages != 0]) & mixed.valid
+    """Rows of groups whose outcomes differ, bool [N]; where there is no such group, all with a reward."""
+    index = np.unique(groups, return_inverse=True)[1]
+    low, high = np.full(index.max() + 1, np.inf), np.full(index.max() + 1, -np.inf)
+    np.minimum.at(low, index[mixed.valid], mixed.outcome[mixed.valid])
+    np.maximum.at(high, index[mixed.valid], mixed.outcome[mixed.valid])
+    signal = mixed.valid & (high > low)[index]
     return signal if signal.any() else mixed.valid
 
 

@@ -87,3 +87,18 @@ def test_learner_that_dies_ends_the_run_instead_of_leaving_the_others_waiting(
     with pytest.raises(RunFailed, match="learner-1"):
         tiny.train(config, tmp_path / "run", Kill())
     assert np.isin([1, 2], Run(tmp_path / "run").metrics["step"]).all()
+
+
+def test_learner_without_rows_takes_part_in_the_update(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
+    def seldom(completions: list[str], **columns: Any) -> list[float | None]:
+        return [float(len(text)) if i < 2 else None for i, text in enumerate(completions)]
+
+    config = tiny_run.config(
+        trainer={"steps": 1},
+        algorithm={"name": "ppo"},
+        rollout={"prompts_per_step": 1, "samples_per_prompt": 4, "rows_per_request": 4},
+        rewards={"components": {"seldom": {"use": "function:seldom"}}},
+        resources={"num_learners": 3, **SHARE},
+    )
+    run = tiny.train(config, tmp_path / "run", functions={"seldom": seldom})
+    assert run.metrics["grad_norm"].iloc[0] > 0

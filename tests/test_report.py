@@ -179,6 +179,33 @@ def test_mismatch_and_temperature_are_charted_as_what_they_are(tmp_path: Path) -
     assert "Sampling temperature" in page
 
 
+def test_metrics_of_an_algorithm_are_charted_where_it_has_them(tmp_path: Path) -> None:
+    plain = make_run(tmp_path / "plain", summary=finished(40))
+    path = make_run(tmp_path / "ppo", summary=None, overrides=("algorithm.name=ppo", "algorithm.kl.coef=0.1"))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    titles = {
+        "completion/distinct": "Distinct completions", "clip_fraction": "Clipped tokens", "kl/coef": "KL coefficient",
+        "value/explained": "Explained variance", "value/loss": "Value loss", "groups/drawn": "Groups drawn",
+        "correction/kept": "Tokens kept", "correction/weight": "Correction weight",
+    }  # fmt: skip
+    (path / "metrics.jsonl").write_text(
+        "".join(to_json({**line, **dict.fromkeys(titles, 0.5 + line["step"])}) + "\n" for line in lines)
+    )
+    page, other = visible(write_report(path)), visible(write_report(plain))
+    assert [title for title in titles.values() if title not in page] == []
+    assert [title for title in titles.values() if title in other] == []
+
+
+def test_what_stays_as_configured_has_no_chart(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", steps=3, summary=None, overrides=("algorithm.kl.coef=0.1",))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    drawn = {"kl/coef": 0.1, "groups/drawn": 8, "bad_steps": 0}
+    (path / "metrics.jsonl").write_text("".join(to_json({**line, **drawn}) + "\n" for line in lines))
+    page = visible(write_report(path))
+    assert not any(title in page for title in ("KL coefficient", "Groups drawn", "Skipped steps"))
+    assert "KL to the reference" in page
+
+
 def test_failures_are_grouped_and_counted(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", summary=finished(40))
     writer = JsonlWriter(path / "failures.jsonl")

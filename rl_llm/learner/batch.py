@@ -50,8 +50,7 @@ class Batch:
 
     def put(self, name: str, part: GroupBatch, values: Tensor) -> None:
         """Note values [R, t] of a micro-batch's rows in the table `name`."""
-        table = self.tokens.setdefault(name, torch.zeros(self.mask.shape))
-        table[part.rows, : values.shape[1]] = values.detach().float().cpu()
+        self.tokens[name][part.rows, : values.shape[1]] = values.detach().float().cpu()
 
     def take(self, name: str, part: GroupBatch, device: torch.device) -> Tensor:
         """The rows of a micro-batch, [R, t]; `name` is of a table or "mask"."""

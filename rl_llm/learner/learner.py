@@ -56,7 +56,7 @@ class Learner:
 
     def join(self, host: str, port: int) -> None:
         """Wait for the other learners; only then may an update be asked for, of all of them at once."""
-        self.peers.join(host, port, "nccl" if self.policy.device.type == "cuda" else "gloo")
+        self.peers.join(host, port, on_gpu=self.policy.device.type == "cuda")
 
     def update(self, columns: pa.Table, step: int, path: str | None, *shards: pa.Table) -> dict[str, float]:
         """The updates of a step on its shards: `epochs` passes of `minibatches` each.
@@ -132,6 +132,7 @@ class Learner:
         loss = self.peers.total(total).item()
         limit = self.config.learner.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), limit))
+        # Apart, or a value loss far off would leave the policy little of the norm.
         torch.nn.utils.clip_grad_norm_(self.values.values(), limit)
         self._apply(loss, norm, rate, step)
         return loss, norm

@@ -36,7 +36,9 @@ class Objective:
     def _clear(self) -> None:
         names = ["entropy", "mismatch"]
         names += ["kl"] * self.uses_kl + ["clipped"]
-        names += ["value/loss", "value/error", "value/return", "value/square"] * (self.value is not None)
+        names += ["value/loss", "value/error", "value/error2", "value/return", "value/return2"] * (
+            self.value is not None
+        )
         names += ["correction/weight", "correction/kept"] * (self.config.correction.kind != "none")
         self.sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
         self.worst = torch.zeros(())
@@ -49,6 +51,11 @@ class Objective:
 
     def _look_back(self, batch: Batch) -> None:
         """The log-probs of the policy that is about to change, of the reference, and values."""
+        noted = (
+            ["old_logprobs"] + ["values"] * (self.value is not None) + ["ref_logprobs"] * (self.reference is not None)
+        )
+        # Also where this learner has no rows: the others are to find their part of every sum.
+        batch.tokens |= {name: torch.zeros(batch.mask.shape) for name in there if there[name]}
         with torch.no_grad():
             for part in batch.parts():
                 forward = self.policy.forward(part, batch.temperature)
@@ -125,9 +132,9 @@ class Objective:
         old, returns = (batch.take(name, part, self.policy.device) for name in ("values", "returns"))
         loss = value_loss(self.value.values(part, states), old, returns, self.config.value.clip)
         self._note("value/loss", loss, mask)
-        self._note("value/error", (returns - old) ** 2, mask)
-        self._note("value/return", returns, mask)
-        self._note("value/square", returns**2, mask)
+        for name, values in (("value/error", returns - old), ("value/return", returns)):
+            self._note(name, values, mask)
+            self._note(f"{name}2", values**2, mask)
         return aggregate(loss, mask, "token_mean", divisor)
 
     def _note(self, name: str, values: Tensor, mask: Tensor) -> None:
@@ -150,7 +157,6 @@ class Objective:
             means["kl/coef"] = self.kl_coefficient.value
             self.kl_coefficient.update(means["kl"], samples)
         if self.value is not None:
-            error, mean, square = (means.pop(f"value/{name}") for name in ("error", "return", "square"))
-            spread = square - mean**2
-            means["value/explained"] = 1 - error / spread if spread > 0 else 0.0
+            left, spread = (means.pop(f"value/{x}2") - means.pop(f"value/{x}") ** 2 for x in ("error", "return"))
+            means["value/explained"] = 1 - left / spread if spread > 0 else 0.0
         return means

@@ -27,8 +27,9 @@ class Peers:
         self._store = dist.TCPStore(host, 0, self.count, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         return int(self._store.port)
 
-    def join(self, host: str, port: int, backend: str) -> None:
-        """Returns when all have joined; `backend` is "gloo" or "nccl"."""
+    def join(self, host: str, port: int, on_gpu: bool) -> None:
+        """Returns when all have joined. Sums of single numbers are always added up on the CPU."""
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         store = self._store or dist.TCPStore(host, port, self.count, is_master=False, timeout=TIMEOUT)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=TIMEOUT)
 

@@ -18,17 +18,23 @@ DIVERGING = [[0, "#6f9fd0"], [0.5, "#ffffff"], [1, "#e0876a"]]
 
 SINGLES = {
     "kl": ("KL to the reference", "mean per token, under the policy"),
-    "kl/coef": ("KL coefficient", "what the KL counts in the loss or the reward"),
+    "kl/coef": ("KL coefficient", "moved towards kl.target"),
     "entropy": ("Entropy", "nats per token; a fall towards 0 is a policy that has stopped exploring"),
-    "completion/distinct": ("Distinct completions", "share of samples unlike the others of their group"),
+    "completion/distinct": (
+        "Distinct completions",
+        "different ones of a group over its samples",
+    ),
     "completion/length": ("Completion length", "tokens, mean over samples"),
     "completion/stopped": ("Completions that ended by themselves", "share; the others were cut at max_new_tokens"),
     "groups/without_signal": ("Groups without signal", "share of groups whose samples all got the same reward"),
-    "groups/drawn": ("Groups drawn", "for the step, further rounds of prompts included"),
-    "clip_fraction": ("Clipped tokens", "share whose ratio had left its bounds; near 0.5 the batch is used too often"),
-    "value/explained": ("Explained variance", "of the returns by the value function; 1: all of it, 0: no better than a mean"),
+    "groups/drawn": ("Groups drawn", "for the step, with those drawn in place of groups without signal"),
+    "clip_fraction": ("Clipped tokens", "share whose ratio was outside its bounds, over all updates of a step"),
+    "value/explained": (
+        "Explained variance",
+        "of the returns by the values; below 0: worse than the returns' mean",
+    ),
     "value/loss": ("Value loss", "before its weight"),
-    "correction/kept": ("Tokens kept", "share with a weight above 0 where engine and learner disagree"),
+    "correction/kept": ("Tokens kept", "share whose correction weight is above 0"),
     "correction/weight": ("Correction weight", "mean; 1 where engine and learner agree"),
     "loss": ("Loss", "of the policy; its level means little, spikes do"),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -132,10 +138,13 @@ def correlation_chart(run: Run, components: list[str]) -> Chart:
 def training_charts(run: Run) -> list[Chart]:
     """Policy, optimiser and speed, one chart a number, and where the seconds of a step went."""
     frame = thinned(run.metrics)
+    # What stays as configured tells nothing.
+    config = run.config
+    usual = {"bad_steps": 0, "kl/coef": config.algorithm.kl.coef, "groups/drawn": config.rollout.prompts_per_step}
     charts = [
         Chart(title, note, [trace(frame, name, title, COLORS[0])], level(frame[name]))
         for name, (title, note) in SINGLES.items()
-        if name in frame and (name != "bad_steps" or frame[name].any())
+        if name in frame and (name not in usual or (frame[name] != usual[name]).any())
     ]
     times = [name for name in frame if name.startswith("time/") and not name.startswith("time/reward/")]
     scoring = [name for name in frame if name.startswith("time/reward/")]
