@@ -51,9 +51,7 @@ class Objective:
 
     def _look_back(self, batch: Batch) -> None:
         """The log-probs of the policy that is about to change, of the reference, and values."""
-        noted = (
-            ["old_logprobs"] + ["values"] * (self.value is not None) + ["ref_logprobs"] * (self.reference is not None)
-        )
+        there = {"old_logprobs": True, "values": self.value is not None, "ref_logprobs": self.reference is not None}
         # Also where this learner has no rows: the others are to find their part of every sum.
         batch.tokens |= {name: torch.zeros(batch.mask.shape) for name in there if there[name]}
         with torch.no_grad():
