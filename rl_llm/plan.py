@@ -61,7 +61,13 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
 def check_algorithm(config: RunConfig) -> None:
     """Raise `UserError` where the algorithm's settings do not go together, or not with the size of a step."""
     rollout, minibatches = config.rollout, config.learner.minibatches
-    if not build_algorithm(config.algorithm).per_token and rollout.samples_per_prompt < 2:
+    algorithm = build_algorithm(config.algorithm)
+    if algorithm.resample and rollout.samples_per_prompt < 2:
+        raise UserError(
+            "rollout.samples_per_prompt 1: algorithm.resample looks for prompts whose samples differ in reward; take 2 "
+            "or more, or algorithm.resample=0"
+        )
+    if not algorithm.per_token and rollout.samples_per_prompt < 2:
         raise UserError(
             f"rollout.samples_per_prompt 1: {config.algorithm.name} compares the samples of a prompt; take 2 or more, "
             "or algorithm.name=ppo, reinforce or reinforce_pp"

@@ -1,5 +1,6 @@
 """What is fast says the same as what is plain: log-probs from states, their gradients, and what the cache holds."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,22 @@ def test_cache_keeps_keys_in_the_dtype_attention_reads_them_in() -> None:
     keys, values = cache.update(torch.ones(4, 1, 1, 4), torch.ones(4, 1, 1, 4).bfloat16(), 0)
     assert keys.dtype == values.dtype == torch.bfloat16
     torch.testing.assert_close(keys[:, :, :3], key.bfloat16().repeat_interleave(2, dim=0))
+
+
+def test_weights_cast_once_for_several_forwards_have_the_same_gradients(tiny_run: Tiny) -> None:
+    policy = CausalLM(tiny_run.policy, PolicyConfig(precision="bf16"))
+    ids = np.random.default_rng(0).integers(0, 200, (4, 6))
+    groups = make_groups([0, 0, 1, 1], [np.arange(5)] * 4, list(ids), budget=1000)
+
+    def gradients(context: Any) -> list[torch.Tensor]:
+        with context:
+            for group in groups:
+                policy.logprobs(pack([group]), 1.0).sum().backward()
+        found = [p.grad for p in policy.trainable.values() if p.grad is not None]
+        for p in policy.trainable.values():
+            p.grad = None
+        return found
+
+    once, each = gradients(policy.casting_once()), gradients(contextlib.nullcontext())
+    assert len(once) == len(each) > 0
+    assert all(torch.equal(a, b) for a, b in zip(once, each, strict=True))

@@ -124,10 +124,11 @@ class Learner:
     def _update(self, batch: Batch, minibatch: Minibatch, rate: float, step: int) -> tuple[float, float]:
         """One update; returns the loss and the norm of the policy's gradient."""
         total = torch.zeros(1, dtype=torch.float64)
-        for part in minibatch.parts:
-            part_loss = self.objective.loss(batch, part, minibatch.divisor)
-            part_loss.backward()
-            total += part_loss.detach().double().cpu()
+        with self.policy.casting_once():
+            for part in minibatch.parts:
+                part_loss = self.objective.loss(batch, part, minibatch.divisor)
+                part_loss.backward()
+                total += part_loss.detach().double().cpu()
         self.peers.add_gradients(self.learning.values())
         loss = self.peers.total(total).item()
         limit = self.config.learner.max_grad_norm

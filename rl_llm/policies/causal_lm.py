@@ -139,6 +139,17 @@ class CausalLM:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
+    def casting_once(self) -> contextlib.AbstractContextManager:
+        """Within, weights are cast to bf16 by the first forward that needs their gradients, and not again by the next.
+
+        For the micro-batches of one update. A forward without gradients of this policy has no place in it: autocast
+        would hand its casts, which lead back to no weight, to those that follow.
+        """
+        # Autocast forgets its casts where the outermost of its contexts ends; this one casts nothing itself.
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
         """No gradients, and weights cast to bf16 once for the whole of a rollout instead of once a token."""

@@ -22,7 +22,7 @@ class Reference:
     def __init__(self, policy: CausalLM) -> None:
         """`policy` has the weights of the first policy, unless it has an adapter, which then may be anywhere."""
         self._policy = policy
-        self._copy = None if policy.config.trainable == "lora" else policy.clone()
+        self._copy = None if policy.config.trainable == "lora" else self._clone()
 
     def logprobs(self, batch: GroupBatch, temperature: float) -> Tensor:
         """float32 [R, T], without gradient."""
@@ -47,8 +47,13 @@ class Reference:
 
     def refresh(self, weights: np.ndarray) -> None:
         """Become the policy that has these weights, see `CausalLM.export_weights`."""
-        self._copy = self._copy or self._policy.clone()
+        self._copy = self._copy or self._clone()
         self._copy.load_weights(weights)
+
+    def _clone(self) -> CausalLM:
+        twin = self._policy.clone()
+        twin.model.requires_grad_(False)
+        return twin
 
     def _adapter_off(self) -> contextlib.AbstractContextManager:
         return self._policy.model.disable_adapter()  # type: ignore[operator]
