@@ -11,6 +11,7 @@ import tiny
 from conftest import Tiny
 
 import rl_llm
+from rl_llm.cluster import answered
 from rl_llm.collector import Collector, _Batch
 from rl_llm.config import ResourcesConfig
 from rl_llm.logger import Callback
@@ -68,7 +69,11 @@ class Kill(Callback):
 
 
 def pid(pool: Any, seat: int) -> int:
-    return int(pool._seats[seat].actor.where.split()[1])
+    actor = pool._seats[seat].actor
+    while actor.where is None:  # still starting
+        answered([actor], 60.0)
+        pool._poll()
+    return int(actor.where.split()[1])
 
 
 def test_killed_actors_change_no_number(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
