@@ -32,11 +32,11 @@ def learned(tiny_run: Tiny, path: Path, overrides: list[str]) -> tuple[float, fl
         tiny_run.data,
         rewards={"components": components},
         rollout={"prompts_per_step": 8, "samples_per_prompt": 16, "rows_per_request": 64, "max_new_tokens": 5},
-        learner={"lr": 5e-3},
+        learner={"lr": 3e-3},
         evaluation={"every": 100, "prompts": 4, "test_prompts": 4},
         checkpoint={"every": 1000},
         logging={"rollouts": 0, "tensorboard": False},
-        trainer={"steps": 20},
+        trainer={"steps": 30},
     )
     run = tiny.train(build_config(settings, overrides), path, functions={"gold": gold})
     reward = run.metrics["reward/gold/mean"]

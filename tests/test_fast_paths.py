@@ -39,7 +39,7 @@ def made(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_logprobs_entropy_and_gradients_are_those_of_the_plain_formula(
     monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, scale: float, of_entropy: float
 ) -> None:
-    monkeypatch.setattr(logprobs, "_CPU_LOGITS", rows_at_a_time * VOCAB)
+    monkeypatch.setattr(logprobs, "_CPU_BLOCK", rows_at_a_time * VOCAB)
     states, weight, targets = made()
     by_token = torch.linspace(-1, 1, COUNT)
     results = []

@@ -1,9 +1,12 @@
-"""Attention that reads grouped keys and values as they are.
+"""Attention over grouped keys and packed groups, without copies of keys and without what a mask would hide.
 
-`transformers` repeats keys and values for every query head before it attends with a mask; while decoding, that copy of
-the whole cache costs more than everything else. With one query token the heads that share a key can stand in the
-query's place of positions instead: the same numbers without the copy.
+`transformers` repeats keys and values for every query head before it attends with a mask. Here the heads that share a
+key stand in one matrix with the positions, so keys stay as they are. And where groups are packed, a block mask hides
+most pairs of tokens from each other: prompts and completions attend apart, so that hidden pairs are never computed.
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rl_llm.policies.groups import Blocks
+
 GROUPED = "rl_llm_grouped"
+
+# Scores of this many pairs at a time: they stay in a CPU's cache.
+_SCORES = 2**22
 
 
 def grouped_attention(
@@ -22,21 +30,99 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    blocks: Blocks | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The library's interface: query [B, heads, Q, D], key and value [B, key heads, K, D] -> [B, Q, heads, D]."""
-    rows, heads, length, size = query.shape
-    shared = key.shape[1]
-    if length > 1 or heads == shared:
+    """The library's interface: query [B, heads, Q, D], key and value [B, key heads, K, D] -> [B, Q, heads, D].
+
+    `blocks` says what `attention_mask` says of packed groups, in a form that spares the work.
+    """
+    if attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    together = query.reshape(rows, shared, heads // shared, size)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        together, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return out.reshape(rows, 1, heads, size), None
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    # Under autocast rotated queries and keys are fp32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if blocks is not None:
+        return _attend_blocks(query, key, value, blocks, scale, dropout), None
+    return _attend(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, dropout: float) -> Tensor:
+    """Packed [B, heads, S, D] -> [B, S, heads, D]."""
+    rows, _, length, _ = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+
+    def take(x: Tensor, places: Tensor) -> Tensor:
+        return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+    q_prompt, k_prompt, v_prompt = (take(x, blocks.prompts) for x in (q, k, v))
+    q_own, k_seen, v_seen = take(q, blocks.completions), take(k, blocks.keys), take(v, blocks.keys)
+    parts = (
+        _attend(q_prompt, k_prompt, v_prompt, blocks.prompt_mask, scale, dropout),
+        _attend(q_own, k_seen, v_seen, blocks.completion_mask, scale, dropout),
+    )
+    together = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+    return together.index_select(0, blocks.back).unflatten(0, (rows, length))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """query [N, heads, Q, D], key and value [N, key heads, K, D], mask bool [1 or N, 1, Q, K] -> [N, heads, Q, D]."""
+    heads, length = query.shape[1:3]
+    share = heads // key.shape[1]
+    together = query.unflatten(1, (-1, share)).flatten(2, 3)
+    # Also for a single position, where it would broadcast: the fused kernel is slower with a mask that does.
+    mask = mask.repeat(1, 1, share, 1)
+    if query.device.type == "cpu" and not dropout and length > 1:
+        out = _MatrixAttention.apply(together, key, value, mask, scale)
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            together, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+        )
+    return out.unflatten(2, (share, length)).flatten(1, 2)
+
+
+class _MatrixAttention(torch.autograd.Function):
+    """Attention as batched matrix products, for CPUs.
+
+    Their fused kernel takes the products of one head at a time, which for blocks of a hundred tokens is several times
+    slower. Scores are made again for the backward pass, not kept, and only some rows' exist at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        query = query * scale
+        hidden = ~mask.expand(len(query), -1, -1, -1)
+        out = torch.empty_like(query)
+        for part in _parts(query, key):
+            torch.matmul(_weights(query[part], key[part], hidden[part]), value[part], out=out[part])
+        ctx.save_for_backward(query, key, value, hidden)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, hidden = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        for part in _parts(query, key):
+            weights = _weights(query[part], key[part], hidden[part])
+            grad_value[part] = weights.mT @ grad[part]
+            grad_scores = torch._softmax_backward_data(grad[part] @ value[part].mT, weights, -1, weights.dtype)
+            grad_query[part] = grad_scores @ key[part]
+            grad_key[part] = grad_scores.mT @ query[part]
+        return grad_query.mul_(ctx.scale), grad_key, grad_value, None, None
+
+
+def _parts(query: Tensor, key: Tensor) -> list[slice]:
+    """Rows whose scores exist at once."""
+    rows = max(_SCORES // (query[0, ..., 0].numel() * key.shape[2]), 1)
+    return [slice(start, start + rows) for start in range(0, len(query), rows)]
+
+
+def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
+    return (query @ key.mT).masked_fill_(hidden, -torch.inf).softmax(dim=-1)

@@ -190,11 +190,14 @@ class CausalLM:
 
     def _states(self, batch: GroupBatch) -> Tensor:
         base = getattr(self.lm, self.lm.base_model_prefix)
+        # Architectures with attention of their own know the mask only.
+        blocks = {"blocks": batch.blocks().to(self.device)} if self.lm._supports_attention_backend else {}
         hidden = base(
             input_ids=batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask().to(self.device),
             position_ids=batch.position_ids.to(self.device),
             use_cache=False,
+            **blocks,
         ).last_hidden_state
         return hidden.flatten(0, 1)[batch.predictor.to(self.device)]
 

@@ -5,13 +5,40 @@ and positions restart after the prompt, so every log-prob equals that of the sam
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _PROMPT, _PAD = 0, -1
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What the block mask of packed groups leaves: a prompt looks at itself, a completion at its prompt and itself.
+
+    P is the longest prompt, C the longest completion. Places are flat indices into [B * S]; where a prompt or a
+    completion is shorter, some place stands in that nobody looks at.
+
+    Attributes:
+        prompts: int64 [B, P], the places of prompts.
+        completions: int64 [R, C], of completions.
+        keys: int64 [R, P + C], what completions may look at: their prompt, then themselves.
+        prompt_mask: bool [1, 1, P, P], true where the second token may be looked at by the first.
+        completion_mask: bool [R, 1, C, P + C], likewise.
+        back: int64 [B * S], where each place is among those of `prompts` and then `completions`.
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    keys: Tensor
+    prompt_mask: Tensor
+    completion_mask: Tensor
+    back: Tensor
+
+    def to(self, device: torch.device) -> "Blocks":
+        return Blocks(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass
@@ -43,6 +70,32 @@ class GroupBatch:
         allowed = causal & ((key == _PROMPT) | (key == query))
         # Padding looks at itself: a row with nothing to look at would give NaN.
         return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
+
+    def blocks(self) -> Blocks:
+        """The same as `attention_mask`, by blocks."""
+        segment, mask = self.segments, self.mask
+        places = torch.arange(segment.numel()).view(segment.shape)
+        lengths = (segment == _PROMPT).sum(dim=1)
+        longest, width = int(lengths.max()), mask.shape[1]
+        is_prompt = torch.arange(longest) < lengths[:, None]
+        prompts = places[:, :longest].where(is_prompt, 0)
+        completions = self.layout(places[segment > _PROMPT])
+        row = completions[:, 0] // segment.shape[1]
+        causal = torch.ones(max(longest, width), max(longest, width), dtype=torch.bool).tril()
+        back = torch.zeros(segment.numel(), dtype=torch.int64)
+        back[prompts[is_prompt]] = is_prompt.flatten().nonzero().squeeze(1)
+        back[completions[mask]] = prompts.numel() + mask.flatten().nonzero().squeeze(1)
+        return Blocks(
+            prompts,
+            completions,
+            keys=torch.cat([prompts[row], completions], dim=1),
+            # Right-padded, so that what is earlier is real wherever the token itself is.
+            prompt_mask=causal[None, None, :longest, :longest],
+            completion_mask=torch.cat(
+                [is_prompt[row, None].expand(-1, width, -1), causal[:width, :width].expand(len(row), -1, -1)], dim=2
+            )[:, None],
+            back=back,
+        )
 
     def layout(self, flat: Tensor) -> Tensor:
         """One value a completion token, [N] in the order of `targets`, as [R, T] with 0 where there is no token."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in fp32 at a time: few enough to stay in a CPU's cache, or to fill a GPU.
-_CPU_LOGITS, _GPU_LOGITS = 2**22, 2**26
+# Logits made at a time, and of these in fp32 at a time: few enough to stay in a CPU's cache, or to fill a GPU.
+_LOGITS = 2**26
+_CPU_BLOCK, _GPU_BLOCK = 2**20, 2**26
 
 
 def chosen_logprobs(
@@ -43,21 +44,21 @@ class _ChosenLogprobs(torch.autograd.Function):
         entropies = torch.empty(count if entropy else 0, device=x.device)
         # p - onehot: minus the gradient of a log-prob by the logits.
         error = x.new_empty(count, vocab) if any(ctx.needs_input_grad[:2]) else None
-        rows = max((_CPU_LOGITS if device == "cpu" else _GPU_LOGITS) // vocab, 1)
-        for start in range(0, count, rows):
-            part = slice(start, start + rows)
-            logits = (x[part] @ w.t()).float()
-            if scale != 1:
-                logits *= scale
-            logp = logits.log_softmax(dim=1)
-            chosen[part] = logp.gather(1, targets[part, None]).squeeze(1)
-            if error is None and not entropy:
-                continue
-            p = torch.exp(logp, out=logits)
-            if error is not None:
-                error[part] = p
-            if entropy:
-                entropies[part] = -(p.mul_(logp)).sum(dim=1)
+        for part in _slices(count, _LOGITS // vocab):
+            logits = torch.mm(x[part], w.t(), out=None if error is None else error[part])
+            for rows in _slices(len(logits), (_CPU_BLOCK if device == "cpu" else _GPU_BLOCK) // vocab):
+                block = logits[rows].float()
+                if scale != 1:
+                    block *= scale
+                p = block.softmax(dim=1)
+                # The most likely token's p is never too small for its logarithm.
+                total = block.amax(dim=1) - p.amax(dim=1).log()
+                to = slice(part.start + rows.start, part.start + rows.start + len(block))
+                chosen[to] = block.gather(1, targets[to, None]).squeeze(1) - total
+                if entropy:
+                    entropies[to] = total - (p * block).sum(dim=1)
+                if error is not None:
+                    logits[rows] = p
         if error is not None:
             # Where the target is nearly certain, 1 - p has digits that p in bf16 has not.
             error[torch.arange(count, device=x.device), targets] = chosen.expm1().to(dtype)
@@ -83,3 +84,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (error.t() @ (x.float() * factor).to(x.dtype)).to(weight_dtype)
         return grad_states, grad_weight, None, None, None
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + max(size, 1)) for start in range(0, count, max(size, 1))]
