@@ -182,6 +182,8 @@ def constant_reward(config: RunConfig, utility: dict[str, float]) -> RunConfig:
         "every": config.trainer.steps,
     }
     raw["checkpoint"]["every"] = config.trainer.steps
+    # No group will ever have signal: drawing others would only take longer.
+    raw["algorithm"]["resample"] = 0
     raw["logging"] |= {"rollouts": 0, "tensorboard": False, "wandb_project": None, "mlflow_experiment": None}
     return build_config(raw)
 

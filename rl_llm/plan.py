@@ -69,8 +69,13 @@ def check_algorithm(config: RunConfig) -> None:
         )
     if not algorithm.per_token and rollout.samples_per_prompt < 2:
         raise UserError(
-            f"rollout.samples_per_prompt 1: {config.algorithm.name} compares the samples of a prompt; take 2 or more, "
-            "or algorithm.name=ppo, reinforce or reinforce_pp"
+            f"rollout.samples_per_prompt 1: the advantage {algorithm.advantage} compares the samples of a prompt; take "
+            "2 or more, or algorithm.advantage=gae or returns"
+        )
+    if not algorithm.per_token and algorithm.advantage != "grpo" and config.rewards.combine == "normalize_then_sum":
+        raise UserError(
+            f"rewards.combine=normalize_then_sum divides by spreads, which the advantage {algorithm.advantage} does "
+            "not; take algorithm.advantage=grpo, or rewards.combine=sum_then_normalize"
         )
     if minibatches > rollout.prompts_per_step:
         raise UserError(

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from rl_llm import checkpoint
-from rl_llm.algorithms import Algorithm, build_algorithm
+from rl_llm.algorithms import build_algorithm
 from rl_llm.collector import Collected
 from rl_llm.config import RunConfig, value_at
 from rl_llm.console import Console
@@ -26,7 +26,7 @@ from rl_llm.evaluation import Evaluation, Evaluator, Progress, Utility, held_out
 from rl_llm.journal import Journal
 from rl_llm.learner.warm_start import supervised_texts
 from rl_llm.logger import Callback
-from rl_llm.rewards import Mixed, Mixture, Settled, settle
+from rl_llm.rewards import Mixed, Mixture, Settled, filled, settle
 from rl_llm.rollout import SamplingParams
 from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
 from rl_llm.tasks import Task
@@ -129,10 +129,10 @@ class Trainer:
         step, clock = self.steps_done, _Clock()
         rollouts, settled = self._sample(step)
         clock.lap("rollout")
-        groups = self.algorithm.baseline_groups(rollouts.summary["group"].to_numpy())
-        mixed = self.mixture.mix(_values(settled), groups, step, self.algorithm.estimator)
+        groups, values = rollouts.summary["group"].to_numpy(), {name: part.values for name, part in settled.items()}
+        mixed = self.mixture.mix(values, self.algorithm.baseline_groups(groups), step, self.algorithm.estimator)
         clock.lap("mixture")
-        columns = _columns(settled, mixed, rollouts.summary["group"].to_numpy(), self.algorithm)
+        columns = _columns(settled, mixed, self._trained(mixed, values, groups, step), self.algorithm.per_token)
         update = self.crew.learner.call("update", columns, step, self.journal.rollout_path(step + 1), *rollouts.shards)
         clock.lap("learn")
         self.steps_done += 1
@@ -153,19 +153,24 @@ class Trainer:
         With `resample`, further prompts take the place of those whose groups have no signal, for so many rounds
         (dynamic sampling, arXiv 2503.14476).
         """
-        components = self.config.rewards.components
-        rounds: list[Collected] = []
-        parts: list[dict[str, Settled]] = []
-        missing = self.config.rollout.prompts_per_step
-        while missing and len(rounds) <= self.algorithm.resample:
-            found = self._round(step, len(rounds), missing)
-            prompt_ids = found.summary["prompt_id"].to_numpy()
-            settled = settle(components, found.scores, prompt_ids, step + 1, self.journal.failure)
-            rounds.append(found)
-            parts.append(settled)
+        components, count = self.config.rewards.components, self.config.rollout.prompts_per_step
+        found = self._round(step, 0, count)
+        for number in range(1, self.algorithm.resample + 1):
+            values = {name: filled(component, found.scores[name]) for name, component in components.items()}
             groups = found.summary["group"].to_numpy()
-            missing -= self.mixture.signal(_values(settled), groups, step) if self.algorithm.resample else missing
-        return Collected.merge(rounds), {name: Settled.merge([part[name] for part in parts]) for name in components}
+            missing = count - len(np.unique(groups[self.mixture.signal(values, groups, step)]))
+            if missing == 0:
+                break
+            found = Collected.merge([found, self._round(step, number, missing)])
+        prompt_ids = found.summary["prompt_id"].to_numpy()
+        return found, settle(components, found.scores, prompt_ids, step + 1, self.journal.failure)
+
+    def _trained(self, mixed: Mixed, values: dict[str, np.ndarray], groups: np.ndarray, step: int) -> np.ndarray:
+        """Rows for the learner, bool [N]: with `resample` those of groups with signal, if there are any."""
+        if not self.algorithm.resample:
+            return mixed.valid
+        both = mixed.valid & self.mixture.signal(values, groups, step)
+        return both if both.any() else mixed.valid
 
     def _round(self, step: int, number: int, count: int) -> Collected:
         """Samples of the next `count` prompts with their scores."""
@@ -329,12 +334,8 @@ def draw_prompts(train: pa.Table, start: int, count: int, seed: int) -> pa.Table
     return train.take(pa.array(rows))
 
 
-def _values(settled: Mapping[str, Settled]) -> dict[str, np.ndarray]:
-    return {name: component.values for name, component in settled.items()}
-
-
-def _columns(settled: Mapping[str, Settled], mixed: Mixed, groups: np.ndarray, algorithm: Algorithm) -> pa.Table:
-    """The reward columns of the rollout table."""
+def _columns(settled: Mapping[str, Settled], mixed: Mixed, trained: np.ndarray, outcome: bool) -> pa.Table:
+    """The reward columns of the rollout table; `trained` bool [N], `outcome` where the learner makes advantages."""
 
     def nullable(values: np.ndarray) -> pa.Array:
         return pa.array(values.astype(np.float32), mask=np.isnan(values))
@@ -345,20 +346,10 @@ def _columns(settled: Mapping[str, Settled], mixed: Mixed, groups: np.ndarray, a
         columns[STATUS + name] = pa.array(component.status, type=pa.string())
     columns["reward"] = nullable(mixed.reward)
     columns["advantage"] = pa.array(mixed.advantages.astype(np.float32))
-    if algorithm.per_token:
+    if outcome:
         columns["outcome"] = pa.array(mixed.outcome.astype(np.float32))
-    columns["trained"] = pa.array(_trained(mixed, groups) if algorithm.resample else mixed.valid)
+    columns["trained"] = pa.array(trained)
     return pa.table(columns)
-
-
-def _trained(mixed: Mixed, groups: np.ndarray) -> np.ndarray:
-    """Rows of groups whose outcomes differ, bool [N]; where there is no such group, all with a reward."""
-    index = np.unique(groups, return_inverse=True)[1]
-    low, high = np.full(index.max() + 1, np.inf), np.full(index.max() + 1, -np.inf)
-    np.minimum.at(low, index[mixed.valid], mixed.outcome[mixed.valid])
-    np.maximum.at(high, index[mixed.valid], mixed.outcome[mixed.valid])
-    signal = mixed.valid & (high > low)[index]
-    return signal if signal.any() else mixed.valid
 
 
 def _describe(rollouts: Collected, settled: Mapping[str, Settled], mixed: Mixed) -> dict[str, float]:

@@ -6,8 +6,9 @@ from known import ALL, DIVISOR, GROUPS, MASK, NEW, OLD, REF, REWARDS, VALUES, cl
 
 from rl_llm.algorithms import PRESETS, Algorithm, advantages, build_algorithm, losses
 from rl_llm.algorithms.kl import kl
-from rl_llm.config import AlgorithmConfig
-from rl_llm.errors import UserError
+from rl_llm.config import AlgorithmConfig, build_config
+from rl_llm.errors import RunFailed, UserError
+from rl_llm.plan import check_algorithm
 
 GROUPED = sorted(name for name, algorithm in PRESETS.items() if not algorithm.per_token)
 
@@ -139,6 +140,15 @@ def test_loss_can_be_a_function_of_ones_own():
     close(loss_of(built(loss=f"{__name__}:doubled")), 2 * 0.1941468673334035)
 
 
+def averaged(x: losses.LossInputs) -> torch.Tensor:
+    return losses.clipped(x).mean()
+
+
+def test_loss_that_is_no_loss_a_token_is_refused():
+    with pytest.raises(RunFailed, match=r"a loss a token, \[4, 5\] here, not \[\]"):
+        loss_of(built(loss=f"{__name__}:averaged"))
+
+
 def test_unknown_loss_is_refused():
     with pytest.raises(UserError, match="did you mean 'clipped'"):
         built(loss="cliped")
@@ -167,3 +177,55 @@ def test_bounds_of_the_correction_are_the_kinds_own_unless_given():
     assert built(correction={"kind": "icepop"}).correction_bounds == (0.5, 2.0)
     assert built(correction={"kind": "tis", "high": 5.0}).correction_bounds == (0.0, 5.0)
     assert built(correction={"kind": "sequence_mask", "low": 0.9}).correction_bounds == (0.9, 1.01)
+
+
+@pytest.mark.parametrize(
+    "correction", [{"kind": "icepop", "high": 0.4}, {"kind": "tis", "low": 3}, {"kind": "tis", "low": 1, "high": 1}]
+)
+def test_bounds_of_the_correction_that_leave_nothing_between_them_are_refused(correction):
+    with pytest.raises(UserError, match=r"algorithm\.correction: low .* must be below high"):
+        built(correction=correction)
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting"),
+    [
+        ("grpo", {"gamma": 0.9}),
+        ("rloo", {"lam": 0.9}),
+        ("reinforce", {"lam": 0.9}),
+        ("reinforce", {"clip_high": 0.3}),
+        ("reinforce", {"ratio": "sequence"}),
+        ("cispo", {"dual_clip": 3.0}),
+    ],
+)
+def test_setting_that_would_do_nothing_is_refused(preset, setting):
+    [name] = setting
+    with pytest.raises(UserError, match=rf"algorithm\.{name} would do nothing with algorithm\.name={preset}"):
+        built(preset, **setting)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"samples_per_prompt": 1}}, "the advantage grpo compares the samples of a prompt"),
+        (
+            {"algorithm": {"name": "ppo", "resample": 1}, "rollout": {"samples_per_prompt": 1}},
+            "algorithm.resample looks",
+        ),
+        (
+            {"algorithm": {"name": "rloo"}, "rewards": {"combine": "normalize_then_sum"}},
+            "which the advantage rloo does",
+        ),
+        ({"learner": {"minibatches": 9}}, "learner.minibatches 9: a minibatch takes whole groups"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_starts(sections, message):
+    base = {"policy": {"model": "x"}, "rewards": {"components": ["length"]}}
+    config = build_config({name: base.get(name, {}) | sections.get(name, {}) for name in {**base, **sections}})
+    with pytest.raises(UserError, match=message):
+        check_algorithm(config)
+
+
+def test_one_sample_a_prompt_is_enough_for_advantages_of_tokens():
+    sections = {"policy": {"model": "x"}, "rewards": {"components": ["length"], "combine": "normalize_then_sum"}}
+    check_algorithm(build_config(sections | {"algorithm": {"name": "ppo"}, "rollout": {"samples_per_prompt": 1}}))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -17,6 +18,7 @@ from updates import (
     gradients_of,
     make_shard,
     packed,
+    replace,
     snapshot,
     spied,
     train,
@@ -191,6 +193,20 @@ def test_learners_share_the_rows_evenly(tiny_run: Tiny, shard: pa.Table, learner
         load = [sum(sizes) for sizes in read]
         assert max(load) - min(load) <= max(max(sizes, default=0) for sizes in read)
     assert torch.equal(torch.stack([batch.mine for batch in batches]).sum(dim=0), torch.ones(COUNT, dtype=torch.int64))
+
+
+def test_learners_cut_no_group_where_each_can_have_whole_ones(tiny_run: Tiny, shard: pa.Table) -> None:
+    prompts = [np.arange(60) % 50 for _ in range(COUNT)]  # so long that to read one again costs most
+    long = replace(shard, "prompt_ids", prompts)
+    alone = laid_out(tiny_run, long)
+    batches = [laid_out(tiny_run, long, rank, 3) for rank in range(3)]
+
+    def read(batch: Batch) -> int:
+        return sum(int((part.segments >= 0).sum()) for part in batch.parts())
+
+    assert sum(map(read, batches)) == read(alone)
+    # More learners than groups: some are cut, so that nobody is without.
+    assert all(read(laid_out(tiny_run, long, rank, 9)) > 0 for rank in range(9))
 
 
 def test_learners_make_up_the_gradient_of_one(tiny_run: Tiny, shard: pa.Table) -> None:

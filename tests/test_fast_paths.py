@@ -11,12 +11,13 @@ import torch
 from conftest import Tiny
 
 from rl_llm.config import PolicyConfig
-from rl_llm.policies import CausalLM, logprobs
+from rl_llm.policies import CausalLM, attention, logprobs
 from rl_llm.policies.groups import make_groups, pack
 from rl_llm.policies.logprobs import chosen_logprobs
 from rl_llm.rollout.cache import GroupCache
 
 COUNT, WIDTH, VOCAB = 23, 16, 300
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 
 
 def plain(
@@ -85,7 +86,39 @@ def test_gradient_in_bf16_is_near_that_in_fp32_even_where_the_target_is_nearly_c
         assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
-GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+@pytest.mark.parametrize("scores", [1, 200, 10**9])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_attention_by_blocks_is_attention_under_the_mask(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, scores: int
+) -> None:
+    """Log-probs and gradients, for prompts and completions of many lengths, whatever is computed at a time."""
+    monkeypatch.setattr(attention, "_SCORES", scores)
+    folder = tiny.build_architecture(kind, tmp_path, tiny_run.policy, **(GATED if kind == "llama" else {}))
+    policy = CausalLM(folder, PolicyConfig(precision="fp32"))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 200, length) for length in (1, 9, 4)]
+    lengths = (3, 1, 7, 2, 2, 5, 1)
+    completions = [rng.integers(0, 200, length) for length in lengths]
+    groups = [0, 0, 0, 1, 1, 2, 2]
+    batch = pack(make_groups(groups, [prompts[g] for g in groups], completions, budget=1000))
+    assert (batch.segments < 0).any()
+    results = []
+    for by_blocks in (True, False):
+        monkeypatch.setattr(type(policy.lm), "_supports_attention_backend", by_blocks)
+        logprobs = policy.logprobs(batch, 1.0)
+        loss = (logprobs * torch.linspace(-1, 1, len(lengths))[:, None]).sum()
+        results.append((logprobs, *torch.autograd.grad(loss, list(policy.trainable.values()))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_of_attention_acts_also_by_blocks(tiny_run: Tiny) -> None:
+    policy = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32"))
+    batch = pack(make_groups([0, 0], [np.arange(5)] * 2, [np.arange(3), np.arange(4)], budget=1000))
+    plain = policy.logprobs(batch, 1.0)
+    with policy.training(dropout=0.5):
+        assert not torch.equal(policy.logprobs(batch, 1.0), plain)
+    assert torch.equal(policy.logprobs(batch, 1.0), plain)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from conftest import Tiny
+from updates import Spy
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
@@ -46,14 +47,6 @@ def columns(shard: pa.Table, missing: list[int] | None = None) -> pa.Table:
     gone = np.isin(ids, missing or [])
     advantages = np.where(gone, 0, np.sin(3.0 * ids + 1)).astype(np.float32)
     return pa.table({"reward": pa.array(advantages, mask=gone), "advantage": pa.array(advantages), "trained": ~gone})
-
-
-class Spy(Learner):
-    """A learner that keeps the gradients of an update instead of applying them."""
-
-    def _apply(self, loss: float, norm: float, rate: float, step: int) -> None:
-        self.gradients = {name: p.grad.clone() for name, p in self.policy.trainable.items() if p.grad is not None}
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def gradients(

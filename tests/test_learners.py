@@ -29,7 +29,9 @@ def first_step(tiny_run: Tiny, path: Path, learners: int, **sections: Any) -> tu
         **sections,
     )
     tiny.train(config, path)
-    return load_file(path / "checkpoints" / "step-000001" / "weights.safetensors"), Run(path).metrics.iloc[0]
+    folder = path / "checkpoints" / "step-000001"
+    values = {k: v for k, v in load_file(folder / "optimizer.safetensors").items() if k.startswith("value.")}
+    return load_file(folder / "weights.safetensors") | values, Run(path).metrics.iloc[0]
 
 
 @pytest.mark.parametrize(
@@ -44,9 +46,13 @@ def test_first_gradients_are_those_of_a_single_learner(
     tiny_run: Tiny, ray_session: None, tmp_path: Path, algorithm: dict[str, Any], learners: int
 ) -> None:
     start = load_file(tiny_run.policy / "model.safetensors")
+    # A value model of its own begins as the policy, its head at 0 but for a bias that does not learn of the first step.
+    start |= {f"value.trunk.{name}": weight for name, weight in start.items()}
+    start["value.head.weight"] = torch.zeros(1, start["model.norm.weight"].shape[0])
     alone, one = first_step(tiny_run, tmp_path / "one", 0, algorithm=algorithm)
     together, several = first_step(tiny_run, tmp_path / "several", learners, algorithm=algorithm)
     names = [name for name in alone if name in start]
+    assert ("value.trunk.model.norm.weight" in names) == (algorithm["name"] == "ppo")
     a, b = (torch.cat([(w[n] - start[n]).flatten() for n in names]).double() for w in (together, alone))
     assert b.norm() > 1e-3
     assert float((a - b).norm() / b.norm()) < 1e-5

@@ -101,8 +101,10 @@ def test_seed_decides_the_run(tiny_run: Tiny, tmp_path: Path) -> None:
     assert first["completion"].to_pylist() != other["completion"].to_pylist()
 
 
-def test_constant_reward_changes_nothing(tiny_run: Tiny, tmp_path: Path) -> None:
-    run = tiny.train(tiny_run.config(rewards={"components": ["constant"]}), tmp_path / "run")
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "ppo", "reinforce_pp"])
+def test_constant_reward_changes_nothing(tiny_run: Tiny, tmp_path: Path, algorithm: str) -> None:
+    config = tiny_run.config(rewards={"components": ["constant"]}, algorithm={"name": algorithm})
+    run = tiny.train(config, tmp_path / "run")
     assert run.metrics["grad_norm"].tolist() == [0.0] * 6
     assert run.metrics["groups/without_signal"].tolist() == [1.0] * 6
     state = run.path / "checkpoints" / "step-000006" / "weights.safetensors"

@@ -177,6 +177,13 @@ def test_kl_coefficient_moves_towards_its_target():
     close(seen, [0.198976, 0.198976, 0.19999475712, 0.20101873027645442])
 
 
+def test_kl_that_is_not_finite_moves_no_coefficient():
+    coefficient = KLCoefficient(0.2, target=0.1, horizon=100)
+    for measured in (float("nan"), float("inf")):
+        coefficient.update(measured, 64)
+    assert coefficient.value == 0.2
+
+
 def test_kl_coefficient_without_a_target_stays():
     coefficient = KLCoefficient(0.2, target=None, horizon=1)
     coefficient.update(5.0, samples=100)

@@ -14,7 +14,7 @@ from rl_llm.algorithms import advantages
 from rl_llm.algorithms.correction import BOUNDS
 from rl_llm.algorithms.losses import LOSSES, LossInputs, PolicyLoss, sequence_ratio, token_ratio
 from rl_llm.config import Aggregation, AlgorithmConfig
-from rl_llm.errors import UserError, did_you_mean
+from rl_llm.errors import RunFailed, UserError, did_you_mean
 from rl_llm.imports import import_function
 
 AdvantageEstimator = Callable[..., Tensor]
@@ -74,7 +74,12 @@ class Algorithm:
             logprobs, old_logprobs, ratio, advantage, mask, self.clip_low, self.clip_high, self.dual_clip
         )
         outside = ratio.detach() != inputs.clipped_ratio.detach()
-        return self.policy_loss(inputs), outside
+        loss = self.policy_loss(inputs)
+        # A mean would be spread over the tokens without a word, and depend on micro-batches.
+        if not isinstance(loss, Tensor) or loss.shape != logprobs.shape:
+            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise RunFailed(f"algorithm.loss must return a loss a token, {list(logprobs.shape)} here, not {shape}")
+        return loss, outside
 
 
 PRESETS = {
@@ -101,6 +106,7 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
     given["policy_loss"] = config.loss and _find_loss(config.loss)
     given["kl_placement"] = config.kl.placement
     algorithm = replace(PRESETS[config.name], **{key: value for key, value in given.items() if value is not None})
+    _refuse_idle(config, algorithm)
     in_loss = algorithm.kl_placement == "loss"
     low, high = BOUNDS.get(config.correction.kind, (0.0, 0.0))
     asked = config.correction
@@ -109,6 +115,9 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
         kl_estimator=config.kl.estimator or ("k3" if in_loss else "k1"),
         correction_bounds=(low if asked.low is None else asked.low, high if asked.high is None else asked.high),
     )
+    low, high = algorithm.correction_bounds
+    if asked.kind != "none" and low >= high:
+        raise UserError(f"algorithm.correction: low {low:g} must be below high {high:g} ({asked.kind})")
     if config.kl.coef and in_loss and algorithm.kl_estimator == "k1":
         raise UserError("algorithm.kl.estimator k1 teaches nothing in the loss; take k2 or k3, or kl.placement=reward")
     if config.kl.coef and not in_loss and algorithm.advantage == "grpo":
@@ -117,6 +126,23 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
             "known; take kl.placement=loss, or the advantage dr_grpo, rloo, returns or gae"
         )
     return algorithm
+
+
+def _refuse_idle(config: AlgorithmConfig, algorithm: Algorithm) -> None:
+    """Raise `UserError` for a setting that would do nothing beside the others."""
+    own_loss = config.loss is not None and ":" in config.loss
+    clips = algorithm.policy_loss is not LOSSES["policy_gradient"]
+    idle = {
+        "gamma": (not algorithm.per_token, "only the advantages returns and gae discount"),
+        "lam": (algorithm.advantage != "gae", "lambda is of the advantage gae"),
+        "clip_low": (not clips, "the loss policy_gradient clips nothing"),
+        "clip_high": (not clips, "the loss policy_gradient clips nothing"),
+        "ratio": (not clips, "the loss policy_gradient has no ratio"),
+        "dual_clip": (not own_loss and algorithm.policy_loss is not LOSSES["clipped"], "it is of the loss clipped"),
+    }
+    for name, (does_nothing, why) in idle.items():
+        if does_nothing and getattr(config, name) is not None:
+            raise UserError(f"algorithm.{name} would do nothing with algorithm.name={config.name}: {why}; leave it out")
 
 
 def _find_loss(name: str) -> PolicyLoss:

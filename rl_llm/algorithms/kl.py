@@ -1,5 +1,7 @@
 """The distance between policy and reference: how it is estimated, and how strongly it counts."""
 
+import math
+
 from torch import Tensor
 
 
@@ -29,7 +31,10 @@ class KLCoefficient:
         self.value, self.target, self.horizon = value, target, horizon
 
     def update(self, measured: float, samples: int) -> None:
-        """After a step of `samples` sequences with a mean KL a token of `measured`: moves by at most 20 % a horizon."""
-        if self.target is not None:
+        """After a step of `samples` sequences with a mean KL a token of `measured`: moves by at most 20 % a horizon.
+
+        What is not finite came of an update that was left out, and moves nothing.
+        """
+        if self.target is not None and math.isfinite(measured):
             error = min(max(measured / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * samples / self.horizon

@@ -51,12 +51,6 @@ class CorrectionConfig(Section):
     low: float | None = Field(None, ge=0, description="empty: the kind's own")
     high: float | None = Field(None, gt=0, description="empty: the kind's own")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> "CorrectionConfig":
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            raise ValueError(f"correction.low {self.low:g} must be below correction.high {self.high:g}")
-        return self
-
 
 class AlgorithmConfig(Section):
     name: Preset = Field("grpo", description="the preset; the settings below go over it")

@@ -11,7 +11,7 @@ from torch import Tensor
 from rl_llm.algorithms.losses import Divisor
 from rl_llm.config import RunConfig
 from rl_llm.policies.groups import Group, GroupBatch, make_groups, microbatches, pack
-from rl_llm.table import ragged
+from rl_llm.table import REF_LOGPROBS, ragged
 
 # Second word of the key of the draw of minibatches, above any sample's id.
 MINIBATCHES = 1 << 60
@@ -66,7 +66,8 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
     """Lay out the rows of a rollout table.
 
     Minibatches are drawn once a step, by whole groups; which rows share an update does not depend on the learners. Each
-    learner takes whole packed groups, so that all have about the same number of tokens.
+    learner takes whole packed groups, so that all have about the same number of tokens. Groups are cut only where there
+    are too few for that, at the price of reading their prompt again.
 
     Args:
         table: [N] rows, all of them to be trained on.
@@ -76,9 +77,12 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
     chosen, completions = ragged(table["action_mask"]), ragged(table["completion_ids"])
     group_ids = table["group"].to_numpy()
     budget = config.learner.tokens_per_microbatch
-    # A group too large for an even share is cut, as one too large for a micro-batch is.
-    share = -(-sum(map(len, completions)) // learners) if learners > 1 else budget
-    groups = make_groups(group_ids.tolist(), ragged(table["prompt_ids"]), completions, min(budget, share))
+    prompts, minibatches = ragged(table["prompt_ids"]), config.learner.minibatches
+    groups = make_groups(group_ids.tolist(), prompts, completions, budget)
+    if learners > 1:
+        # A group too large for an even share of its update is cut, as one too large for a micro-batch is.
+        share = -(-sum(group.tokens for group in groups) // (learners * minibatches))
+        groups = make_groups(group_ids.tolist(), prompts, completions, min(budget, share))
     mask = torch.from_numpy(_padded(chosen, bool))
     batch = Batch(
         temperature=float(table["temperature"][0].as_py()) or 1.0,
@@ -89,9 +93,9 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
         minibatches=[],
         tokens={"engine_logprobs": torch.from_numpy(_padded(ragged(table["logprobs"]), np.float32))},
     )
-    if "ref_logprobs" in table.column_names:
-        batch.tokens["ref_logprobs"] = torch.from_numpy(_padded(ragged(table["ref_logprobs"]), np.float32))
-    for ids in _draw(np.unique(group_ids), config.learner.minibatches, config.trainer.seed, step):
+    if REF_LOGPROBS in table.column_names:
+        batch.tokens[REF_LOGPROBS] = torch.from_numpy(_padded(ragged(table[REF_LOGPROBS]), np.float32))
+    for ids in _draw(np.unique(group_ids), minibatches, config.trainer.seed, step):
         rows = np.isin(group_ids, ids)
         mine = _share([group for group in groups if rows[group.rows[0]]], rank, learners)
         divisor = Divisor(

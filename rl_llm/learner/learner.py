@@ -94,6 +94,8 @@ class Learner:
     def _updates(self, batch: Batch, step: int) -> dict[str, float]:
         rate = learning_rate(self.config.learner, step, self.config.trainer.steps)
         updates = self.config.learner.epochs * len(batch.minibatches)
+        if step == 0:
+            self.objective.begin(batch)
         self.objective.prepare(batch, updates)
         results = [
             self._update(batch, minibatch, rate, step)
@@ -134,12 +136,12 @@ class Learner:
         limit = self.config.learner.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), limit))
         # Apart, or a value loss far off would leave the policy little of the norm.
-        torch.nn.utils.clip_grad_norm_(self.values.values(), limit)
-        self._apply(loss, norm, rate, step)
+        value_norm = float(torch.nn.utils.clip_grad_norm_(self.values.values(), limit))
+        self._apply(loss, norm, value_norm, rate, step)
         return loss, norm
 
-    def _apply(self, loss: float, norm: float, rate: float, step: int) -> None:
-        if np.isfinite(loss) and np.isfinite(norm):
+    def _apply(self, loss: float, norm: float, value_norm: float, rate: float, step: int) -> None:
+        if np.isfinite([loss, norm, value_norm]).all():
             self.bad_in_a_row = 0
             set_rate(self.optimizer, rate)
             self.optimizer.step()
@@ -148,8 +150,9 @@ class Learner:
             self.bad_in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_in_a_row >= self.config.learner.max_bad_steps:
+            norms = f"{norm:g}" + (f" and of the value function {value_norm:g}" if self.values else "")
             raise RunFailed(
-                f"step {step + 1}: loss {loss:g} and gradient norm {norm:g}, not finite for "
+                f"step {step + 1}: loss {loss:g} and gradient norm {norms}, not finite for "
                 f"{self.bad_in_a_row} updates in a row; lower learner.lr or check the rewards' range"
             )
 

@@ -13,6 +13,7 @@ from rl_llm.learner.batch import Batch
 from rl_llm.learner.peers import Peers
 from rl_llm.policies import CausalLM, Reference, ValueFunction
 from rl_llm.policies.groups import GroupBatch
+from rl_llm.table import REF_LOGPROBS
 
 
 class Objective:
@@ -43,6 +44,14 @@ class Objective:
         self.sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
         self.worst = torch.zeros(())
 
+    def begin(self, batch: Batch) -> None:
+        """Before the first update of a run: values are what the first policy's samples came to, on the average.
+
+        From there they have only differences to learn, and where all rewards are equal there is no advantage.
+        """
+        if self.value is not None:
+            self.value.start_at(float(batch.weights.mean()))
+
     def prepare(self, batch: Batch, updates: int) -> None:
         """Everything that has to be known before the first of a step's updates; fills `batch.tokens`."""
         if updates > 1 or self.value is not None or self.kl_in_reward:
@@ -51,7 +60,7 @@ class Objective:
 
     def _look_back(self, batch: Batch) -> None:
         """The log-probs of the policy that is about to change, of the reference, and values."""
-        there = {"old_logprobs": True, "values": self.value is not None, "ref_logprobs": self.reference is not None}
+        there = {"old_logprobs": True, "values": self.value is not None, REF_LOGPROBS: self.reference is not None}
         # Also where this learner has no rows: the others are to find their part of every sum.
         batch.tokens |= {name: torch.zeros(batch.mask.shape) for name in there if there[name]}
         with torch.no_grad():
@@ -61,14 +70,14 @@ class Objective:
                 if self.value is not None:
                     batch.put("values", part, self.value.values(part, forward.states))
                 if self.reference is not None:
-                    batch.put("ref_logprobs", part, self.reference.logprobs(part, batch.temperature))
+                    batch.put(REF_LOGPROBS, part, self.reference.logprobs(part, batch.temperature))
 
     def _advantages(self, batch: Batch) -> Tensor:
         """float32 [N, T]; those of the algorithm, with the KL in them where it is part of the reward."""
         algorithm, mask = self.algorithm, batch.mask & batch.mine[:, None]
         penalty = torch.zeros(mask.shape)
         if self.kl_in_reward:
-            distance = kl(batch.tokens["old_logprobs"], batch.tokens["ref_logprobs"], algorithm.kl_estimator)
+            distance = kl(batch.tokens["old_logprobs"], batch.tokens[REF_LOGPROBS], algorithm.kl_estimator)
             penalty = torch.where(mask, self.kl_coefficient.value * distance, 0.0)
         if not algorithm.per_token:
             weights = batch.weights
@@ -120,8 +129,8 @@ class Objective:
         return loss
 
     def _ref_logprobs(self, batch: Batch, part: GroupBatch) -> Tensor:
-        if "ref_logprobs" in batch.tokens:
-            return batch.take("ref_logprobs", part, self.policy.device)
+        if REF_LOGPROBS in batch.tokens:
+            return batch.take(REF_LOGPROBS, part, self.policy.device)
         assert self.reference is not None
         return self.reference.logprobs(part, batch.temperature)
 

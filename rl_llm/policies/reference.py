@@ -19,10 +19,15 @@ class Reference:
     copy of what trains, over what does not.
     """
 
-    def __init__(self, policy: CausalLM) -> None:
-        """`policy` has the weights of the first policy, unless it has an adapter, which then may be anywhere."""
+    def __init__(self, policy: CausalLM, learns: bool = True) -> None:
+        """`policy` has the weights of the first policy, unless it has an adapter, which then may be anywhere.
+
+        `learns`: its weights will be others, so that they have to be copied.
+        """
         self._policy = policy
-        self._copy = None if policy.config.trainable == "lora" else self._clone()
+        self._copy: CausalLM | None = None
+        if policy.config.trainable != "lora":
+            self._copy = self._clone() if learns else policy
 
     def logprobs(self, batch: GroupBatch, temperature: float) -> Tensor:
         """float32 [R, T], without gradient."""

@@ -12,7 +12,8 @@ class ValueFunction:
 
     Attributes:
         trunk: a model of its own, which learns too; None where the head reads the policy's states.
-        parameters: what learns beside the policy, by name; the head starts at 0, so that the first values are 0.
+        parameters: what learns beside the policy, by name; the head's weights start at 0, so the first values are its
+            bias.
     """
 
     def __init__(self, policy: CausalLM, own: bool) -> None:
@@ -25,6 +26,10 @@ class ValueFunction:
             **{f"value.trunk.{name}": p for name, p in trunk.items()},
             **{f"value.head.{name}": p for name, p in self.head.named_parameters()},
         }
+
+    def start_at(self, value: float) -> None:
+        """Make `value` that of every state; for a head that has learned nothing."""
+        nn.init.constant_(self.head.bias, value)
 
     def values(self, batch: GroupBatch, states: Tensor) -> Tensor:
         """float32 [R, T], 0 where there is no token; `states` [N, H] are the policy's, see `Forward`."""

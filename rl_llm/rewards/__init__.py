@@ -2,7 +2,7 @@
 
 from rl_llm.rewards.answers import exact_match, token_f1
 from rl_llm.rewards.component import FAILED, GIVE_UP_AFTER, Component, Scores, deadline_s
-from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy, settle
+from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy, filled, settle
 from rl_llm.rewards.form import Length, regex, vocab
 from rl_llm.rewards.mixture import Mixed, Mixture
 from rl_llm.rewards.overlap import bleu, chrf, rouge, ter
@@ -27,6 +27,7 @@ __all__ = [
     "chrf",
     "deadline_s",
     "exact_match",
+    "filled",
     "known",
     "regex",
     "resolve",

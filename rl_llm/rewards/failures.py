@@ -1,6 +1,6 @@
 """What happens to rows a component failed on: masked, imputed, or the end of the run. Never a silent 0."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +41,6 @@ class Settled:
     status: list[str]
     failures: list[dict[str, Any]]
 
-    @classmethod
-    def merge(cls, parts: "Sequence[Settled]") -> "Settled":
-        """The same component's values in several batches, one after the other."""
-        return cls(
-            np.concatenate([part.values for part in parts]),
-            [status for part in parts for status in part.status],
-            [failure for part in parts for failure in part.failures],
-        )
-
 
 def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids: np.ndarray, step: int) -> Settled:
     """Apply a component's `on_failure` to its scores of a whole step.
@@ -63,7 +54,6 @@ def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids:
             applies to failed, whatever the policy.
     """
     status = np.array(scores.status, dtype=object)
-    values = np.array([np.nan if value is None else value for value in scores.values], dtype=np.float64)
     failed = np.isin(status, FAILED)
     rows, applicable = int(failed.sum()), int((status != NOT_APPLICABLE).sum())
     too_many = rows > config.max_failure_rate * applicable
@@ -88,9 +78,15 @@ def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids:
         raise RewardFailed(
             f"component {name!r} failed on {rows} of {applicable} rows ({limit}): {failures[0]['message']}", failures
         )
+    return Settled(filled(config, scores), scores.status, failures)
+
+
+def filled(config: ComponentConfig, scores: Scores) -> np.ndarray:
+    """Scores with failed rows imputed where that is the policy: float64 [N], NaN where a row has no value."""
+    values = np.array([np.nan if value is None else value for value in scores.values], dtype=np.float64)
     if config.impute is not None:
-        values[failed] = config.impute
-    return Settled(values, scores.status, failures)
+        values[np.isin(np.array(scores.status, dtype=object), FAILED)] = config.impute
+    return values
 
 
 def settle(

@@ -110,18 +110,22 @@ class Mixture:
             **_shares(list(numbers), parts, advantages),
             **_correlations(list(numbers), raw, groups),
             **{f"weights/{name}": weight for name, weight in numbers.items()},
-            "groups/without_signal": _share_without_signal(advantages, batch),
+            "groups/without_signal": float((batch.largest(advantages) < _NO_SIGNAL).mean()),
         }
         return Mixed(reward, valid, outcome, advantages, dict(zip(numbers, parts.T, strict=True)), diagnostics)
 
-    def signal(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int) -> int:
-        """How many groups have something to learn from: samples whose mixtures differ. Arguments as for `mix`."""
+    def signal(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int) -> np.ndarray:
+        """Rows of groups with something to learn from, samples whose mixtures differ, bool [N]; arguments of `mix`."""
         raw = np.stack([components[name] for name in self.weights], axis=1)
+        weights = np.array(list(self.weights_at(step).values()))
         batch = _Grouped(self._transform(raw), groups)
-        parts = np.abs(batch.centred * np.array(list(self.weights_at(step).values())))
-        if self.config.combine == "sum_then_normalize":
-            parts = np.abs(batch.centred @ np.array(list(self.weights_at(step).values())))[:, None]
-        return int((batch.total(parts).sum(axis=1) > _NO_SIGNAL).sum())
+        if self.config.combine == "normalize_then_sum":
+            baseline = batch.covariance() if self._baseline is None else self._baseline
+            valid = batch.present.any(axis=1)
+            deviations = self._normalize_then_sum(batch, weights, valid, baseline).sum(axis=1)
+        else:
+            deviations = batch.centred @ weights
+        return (batch.largest(deviations) > _NO_SIGNAL)[batch.index]
 
     def _transform(self, raw: np.ndarray) -> np.ndarray:
         """Gate, clip and scale, [N, K]. A gate looks at raw values and is shut where the gating component has none."""
@@ -224,6 +228,12 @@ class _Grouped:
         np.add.at(out, self.index, rows)
         return out
 
+    def largest(self, rows: np.ndarray) -> np.ndarray:
+        """The largest magnitude of [N] in each group, [G]."""
+        out = np.zeros(self.size)
+        np.maximum.at(out, self.index, np.abs(rows))
+        return out
+
     def covariance(self) -> np.ndarray:
         """Pooled within-group covariance, [K, K]; positive semi-definite also where components lack values."""
         freedom = np.sqrt(np.maximum(self.counts - 1, 0).sum(axis=0))
@@ -258,9 +268,3 @@ def _correlations(names: list[str], raw: np.ndarray, groups: np.ndarray) -> dict
         norm = float(np.sqrt((a @ a) * (b @ b)))
         out[f"correlation/{names[i]}~{names[j]}"] = float(a @ b) / norm if norm > 0 else 0.0
     return out
-
-
-def _share_without_signal(advantages: np.ndarray, batch: _Grouped) -> float:
-    largest = np.zeros(batch.size)
-    np.maximum.at(largest, batch.index, np.abs(advantages))
-    return float((largest < _NO_SIGNAL).mean())

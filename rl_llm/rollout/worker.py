@@ -41,8 +41,8 @@ class RolloutWorker:
         self.reference_version = 0
         if config.algorithm.kl.coef and config.algorithm.reference.place == "rollout":
             # A shared policy may have been trained already: its first weights are read anew.
-            first = CausalLM(base, config.policy) if shared and config.policy.trainable != "lora" else self.policy
-            self.reference = Reference(first)
+            anew = shared is not None and config.policy.trainable != "lora"
+            self.reference = Reference(CausalLM(base, config.policy) if anew else self.policy, learns=not anew)
 
     def sample(
         self, request: RolloutRequest, weights: np.ndarray | None, reference: np.ndarray | None = None
