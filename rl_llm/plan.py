@@ -13,7 +13,7 @@ from rl_llm.config import RunConfig
 from rl_llm.console import short
 from rl_llm.errors import UserError
 from rl_llm.learner.warm_start import needs_base, scratch_settings
-from rl_llm.policies import freeze
+from rl_llm.policies import check_attention, freeze
 from rl_llm.rewards import Component, known
 from rl_llm.tasks import Task, load_task
 
@@ -156,6 +156,7 @@ def _parameters(config: RunConfig) -> tuple[int, int]:
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy.model))
             except (OSError, ValueError) as error:
                 raise UserError(f"policy.model {policy.model!r} cannot be loaded: {_first_line(error)}") from None
+    check_attention(model)
     model.tie_weights()  # shared weights count once
     total = sum(p.numel() for p in model.parameters())
     return total, sum(p.numel() for p in freeze(model, policy).parameters() if p.requires_grad)
@@ -225,7 +226,9 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
         * (config.task.max_prompt_tokens + rollout.samples_per_prompt * rollout.max_new_tokens),
     )
     activations = tokens * width * (2 * depth + 34 if config.policy.gradient_checkpointing else 34 * depth)
-    cache = rollout.request_rows * (config.task.max_prompt_tokens + rollout.max_new_tokens) * depth * width * 4
+    # A prompt is kept once for all its samples.
+    row = config.task.max_prompt_tokens / rollout.samples_per_prompt + rollout.max_new_tokens
+    cache = rollout.request_rows * row * depth * width * 4
     base = 0.4 * GIB * (1 + resources.num_rollout_workers + resources.num_learners + resources.num_reward_workers)
     # A value model of its own is a second policy that learns.
     learning = 2 if build_algorithm(algorithm).advantage == "gae" and algorithm.value.model == "own" else 1

@@ -12,6 +12,8 @@ from conftest import Tiny
 from transformers import AutoModelForCausalLM
 
 from rl_llm.config import PolicyConfig
+from rl_llm.errors import UserError
+from rl_llm.plan import make_plan
 from rl_llm.policies import CausalLM
 from rl_llm.policies.groups import make_groups, pack
 from rl_llm.rollout.engine import generate
@@ -95,6 +97,19 @@ def test_engine_and_learner_agree_with_a_plain_forward_on_every_architecture(
             plain = exact(acting, prompts[row], completions[row], temperature or 1.0)
             np.testing.assert_allclose(engine[row], plain, atol=1e-4)
             np.testing.assert_allclose(learner[at, : len(plain)], plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("gptj", {"rotary_dim": 4}), ("bloom", {})])
+def test_architecture_that_cannot_attend_by_blocks_is_refused(
+    tiny_run: Tiny, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    folder = tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings)
+    for start in (
+        lambda: CausalLM(folder, PolicyConfig()),
+        lambda: make_plan(tiny_run.config(policy={"model": str(folder)}), {}),
+    ):
+        with pytest.raises(UserError, match=f"the architecture {kind} does its attention itself"):
+            start()
 
 
 def test_greedy_completions_are_those_of_transformers_generate(policy: CausalLM, wild: CausalLM) -> None:

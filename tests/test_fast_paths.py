@@ -12,7 +12,7 @@ from conftest import Tiny
 
 from rl_llm.config import PolicyConfig
 from rl_llm.policies import CausalLM, attention, logprobs
-from rl_llm.policies.groups import make_groups, pack
+from rl_llm.policies.groups import GroupBatch, make_groups, pack
 from rl_llm.policies.logprobs import chosen_logprobs
 from rl_llm.rollout.cache import GroupCache
 
@@ -86,6 +86,18 @@ def test_gradient_in_bf16_is_near_that_in_fp32_even_where_the_target_is_nearly_c
         assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
+def under_the_mask(batch: GroupBatch) -> Any:
+    """In place of attention by blocks: that of the library, over all pairs that a mask does not hide."""
+
+    def attend(query: Any, key: Any, value: Any, blocks: Any, scale: float, dropout: float) -> torch.Tensor:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        mask = batch.attention_mask()
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return out.transpose(1, 2)
+
+    return attend
+
+
 @pytest.mark.parametrize("scores", [1, 200, 10**9])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_attention_by_blocks_is_attention_under_the_mask(
@@ -103,11 +115,11 @@ def test_attention_by_blocks_is_attention_under_the_mask(
     batch = pack(make_groups(groups, [prompts[g] for g in groups], completions, budget=1000))
     assert (batch.segments < 0).any()
     results = []
-    for by_blocks in (True, False):
-        monkeypatch.setattr(type(policy.lm), "_supports_attention_backend", by_blocks)
+    for _ in range(2):
         logprobs = policy.logprobs(batch, 1.0)
         loss = (logprobs * torch.linspace(-1, 1, len(lengths))[:, None]).sum()
         results.append((logprobs, *torch.autograd.grad(loss, list(policy.trainable.values()))))
+        monkeypatch.setattr(attention, "_attend_blocks", under_the_mask(batch))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -155,10 +167,35 @@ def test_cache_keeps_keys_in_the_dtype_attention_reads_them_in() -> None:
     cache = GroupCache(1)
     key, value = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4).bfloat16()
     assert cache.update(key, value, 0)[0].dtype == torch.bfloat16
-    cache.spread(2, room=1)
+    cache.begin(2, room=1)
+    assert cache.prompts is not None
+    torch.testing.assert_close(cache.prompts.keys[0], key.bfloat16())
     keys, values = cache.update(torch.ones(4, 1, 1, 4), torch.ones(4, 1, 1, 4).bfloat16(), 0)
     assert keys.dtype == values.dtype == torch.bfloat16
-    torch.testing.assert_close(keys[:, :, :3], key.bfloat16().repeat_interleave(2, dim=0))
+    assert keys.shape == values.shape == (4, 1, 1, 4)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [1, 5], [3, 4, 5]])
+def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(rows: list[int]) -> None:
+    """Also when some of them, or all of a prompt's, are no more."""
+    generator = torch.Generator().manual_seed(0)
+    prompts, samples, heads, shared, size = 2, 3, 4, 2, 8
+    read, written = 5, 2
+    keys, values = (torch.randn(prompts, shared, read, size, generator=generator) for _ in range(2))
+    left = torch.tensor(rows)
+    own = [torch.randn(len(rows), shared, written, size, generator=generator) for _ in range(2)]
+    query = torch.randn(len(rows), heads, 1, size, generator=generator)
+    mask = torch.ones(len(rows), 1, 1, read + written, dtype=torch.bool)
+    mask[left < samples, ..., :2] = False  # the first prompt is shorter
+    module = torch.nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    given = attention.Prompts([keys], [values], samples, left)
+    found, _ = attention.grouped_attention(module, query, *own, mask, prompts=given)
+
+    alone = [torch.cat([p[left // samples], o], dim=2) for p, o in zip((keys, values), own, strict=True)]
+    alone = [x.repeat_interleave(heads // shared, dim=1) for x in alone]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *alone, attn_mask=mask)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-4)
 
 
 def test_weights_cast_once_for_several_forwards_have_the_same_gradients(tiny_run: Tiny) -> None:

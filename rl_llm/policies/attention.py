@@ -6,6 +6,7 @@ most pairs of tokens from each other: prompts and completions attend apart, so t
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,31 @@ GROUPED = "rl_llm_grouped"
 _SCORES = 2**22
 
 
+@dataclass
+class Prompts:
+    """What rows that are being decoded look at before their own tokens; there once for all samples of a prompt.
+
+    Attributes:
+        keys, values: by layer, [P, key heads, S, D].
+        samples: how many rows each prompt has at the most.
+        slots: int64 [R], where each row is among P * samples.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    samples: int
+    slots: Tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[R, key heads, M, X] -> [P, key heads, samples * M, X], zeros for rows that are no more."""
+        out = rows.new_zeros(len(self.keys[0]) * self.samples, *rows.shape[1:]).index_copy_(0, self.slots, rows)
+        return out.unflatten(0, (-1, self.samples)).transpose(1, 2).flatten(2, 3)
+
+    def scatter(self, prompts: Tensor) -> Tensor:
+        """What `gather` came from."""
+        return prompts.unflatten(2, (self.samples, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
+
+
 def grouped_attention(
     module: nn.Module,
     query: Tensor,
@@ -31,11 +57,13 @@ def grouped_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     blocks: Blocks | None = None,
+    prompts: Prompts | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The library's interface: query [B, heads, Q, D], key and value [B, key heads, K, D] -> [B, Q, heads, D].
 
-    `blocks` says what `attention_mask` says of packed groups, in a form that spares the work.
+    `blocks` says what `attention_mask` says of packed groups, in a form that spares the work. With `prompts`, keys and
+    values are those of the tokens behind the prompt, and the mask is of both.
     """
     if attention_mask is None:
         return sdpa_attention_forward(
@@ -44,6 +72,9 @@ def grouped_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     # Under autocast rotated queries and keys are fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if prompts is not None:
+        layer: Any = module.layer_idx
+        return _attend_after_prompts(query, key, value, attention_mask, prompts, layer, scale), None
     if blocks is not None:
         return _attend_blocks(query, key, value, blocks, scale, dropout), None
     return _attend(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
@@ -71,20 +102,35 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sc
     return together.index_select(0, blocks.back).unflatten(0, (rows, length))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
     """query [N, heads, Q, D], key and value [N, key heads, K, D], mask bool [1 or N, 1, Q, K] -> [N, heads, Q, D]."""
     heads, length = query.shape[1:3]
     share = heads // key.shape[1]
     together = query.unflatten(1, (-1, share)).flatten(2, 3)
-    # Also for a single position, where it would broadcast: the fused kernel is slower with a mask that does.
     mask = mask.repeat(1, 1, share, 1)
-    if query.device.type == "cpu" and not dropout and length > 1:
+    if query.device.type == "cpu" and not dropout:
         out = _MatrixAttention.apply(together, key, value, mask, scale)
     else:
         out = nn.functional.scaled_dot_product_attention(
             together, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
         )
     return out.unflatten(2, (share, length)).flatten(1, 2)
+
+
+def _attend_after_prompts(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prompts: Prompts, layer: int, scale: float
+) -> Tensor:
+    """query [R, heads, 1, D], mask bool [R, 1, 1, S + K] -> [R, 1, heads, D]; no gradients.
+
+    A prompt's keys and values are read once for all its samples, not once for each.
+    """
+    q = (query * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    at_prompts = prompts.scatter(prompts.gather(q) @ prompts.keys[layer].mT)
+    scores = torch.cat([at_prompts, q @ key.mT], dim=-1)
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
+    of_prompts, own = weights.split([at_prompts.shape[-1], key.shape[2]], dim=-1)
+    out = prompts.scatter(prompts.gather(of_prompts) @ prompts.values[layer]) + own @ value
+    return out.flatten(1, 2)[:, None]
 
 
 class _MatrixAttention(torch.autograd.Function):

@@ -25,6 +25,15 @@ from rl_llm.policies.memory import keep_freed_memory
 LOGPROB_CHUNK = 512
 
 
+def check_attention(lm: PreTrainedModel) -> None:
+    """Raise `UserError` for an architecture with attention of its own: it would not know of packed groups."""
+    if not lm._supports_attention_backend:
+        raise UserError(
+            f"policy.model: the architecture {lm.config.model_type} does its attention itself, in a way that groups of "
+            "samples cannot share a prompt in; take one that leaves it to transformers, such as llama, qwen or gpt2"
+        )
+
+
 def freeze(lm: PreTrainedModel, config: PolicyConfig) -> nn.Module:
     """Leave only what `config.trainable` says requiring gradients; returns the model, wrapped by `peft` for an adapter.
 
@@ -86,13 +95,13 @@ class CausalLM:
             keep_freed_memory()
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-            self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, attn_implementation=GROUPED
-            )
+            self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"policy.model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"policy.model {str(folder)!r}: its tokenizer has no end-of-text token")
+        check_attention(self.lm)
+        self.lm.set_attn_implementation(GROUPED)
         self.lm.to(self.device).eval()
         self.model = freeze(self.lm, config)
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -190,14 +199,12 @@ class CausalLM:
 
     def _states(self, batch: GroupBatch) -> Tensor:
         base = getattr(self.lm, self.lm.base_model_prefix)
-        # Architectures with attention of their own know the mask only.
-        blocks = {"blocks": batch.blocks().to(self.device)} if self.lm._supports_attention_backend else {}
         hidden = base(
             input_ids=batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask().to(self.device),
             position_ids=batch.position_ids.to(self.device),
             use_cache=False,
-            **blocks,
+            blocks=batch.blocks().to(self.device),
         ).last_hidden_state
         return hidden.flatten(0, 1)[batch.predictor.to(self.device)]
 

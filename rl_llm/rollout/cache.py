@@ -1,9 +1,11 @@
-"""A key-value cache made for groups: prompts are read once, spread over their samples, then written in place."""
+"""A key-value cache made for groups: prompts are read and kept once for all their samples, tokens written in place."""
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from rl_llm.policies.attention import Prompts
 
 
 class _GroupLayer(CacheLayerMixin):
@@ -33,8 +35,14 @@ class _GroupLayer(CacheLayerMixin):
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def spread(self, repeats: int, room: int) -> None:
-        self.keys, self.values = (_spread(x, repeats, room) for x in (self.keys, self.values))
+    def begin(self, rows: int, room: int) -> tuple[Tensor, Tensor]:
+        """Hand out what there is, the prompts, and start anew for so many rows."""
+        assert self.keys is not None
+        assert self.values is not None
+        prompts = self.keys, self.values
+        self.keys, self.values = (x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in prompts)
+        self.length = 0
+        return prompts
 
     def keep(self, rows: Tensor) -> None:
         assert self.keys is not None
@@ -51,28 +59,30 @@ class _GroupLayer(CacheLayerMixin):
         return -1
 
 
-def _spread(filled: Tensor | None, repeats: int, room: int) -> Tensor:
-    assert filled is not None
-    rows, heads, length, size = filled.shape
-    out = filled.new_empty(rows * repeats, heads, length + room, size)
-    out[:, :, :length] = filled.repeat_interleave(repeats, dim=0)
-    return out
-
-
 class GroupCache(Cache):
-    """A cache for one rollout request."""
+    """A cache for one rollout request: of prompts while they are read, then of the tokens of their samples.
+
+    Attributes:
+        prompts: what was read, once there are samples.
+    """
 
     def __init__(self, num_layers: int) -> None:
+        self.prompts: Prompts | None = None
         self._group_layers = [_GroupLayer() for _ in range(num_layers)]
         super().__init__(layers=list(self._group_layers))
 
-    def spread(self, repeats: int, room: int) -> None:
-        """Repeat each prompt's rows `repeats` times and make room for `room` more tokens."""
-        for layer in self._group_layers:
-            layer.spread(repeats, room)
+    def begin(self, samples: int, room: int) -> None:
+        """From prompts to their samples: `samples` rows for each, with room for `room` tokens of their own."""
+        first = self._group_layers[0].keys
+        assert first is not None
+        rows = len(first) * samples
+        keys, values = zip(*(layer.begin(rows, room) for layer in self._group_layers), strict=True)
+        self.prompts = Prompts(list(keys), list(values), samples, torch.arange(rows, device=first.device))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
+        assert self.prompts is not None
+        self.prompts.slots = self.prompts.slots[rows]
         for layer in self._group_layers:
             layer.keep(rows)
 

@@ -81,7 +81,7 @@ class _Decoding:
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         logits = self._forward(ids.to(device), prefill_mask(real).to(device), positions.to(device), cache)
         n = params.samples_per_prompt
-        cache.spread(n, params.max_new_tokens)
+        cache.begin(n, params.max_new_tokens)
         logits = logits.repeat_interleave(n, dim=0)
         start = real.sum(dim=1).repeat_interleave(n).to(device)
         visible = (
@@ -116,6 +116,7 @@ class _Decoding:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            prompts=cache.prompts,
         )
         return out.logits[:, -1]
 
