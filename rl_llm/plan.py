@@ -226,9 +226,8 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
         * (config.task.max_prompt_tokens + rollout.samples_per_prompt * rollout.max_new_tokens),
     )
     activations = tokens * width * (2 * depth + 34 if config.policy.gradient_checkpointing else 34 * depth)
-    # A prompt is kept once for all its samples.
-    row = config.task.max_prompt_tokens / rollout.samples_per_prompt + rollout.max_new_tokens
-    cache = rollout.request_rows * row * depth * width * 4
+    # In an evaluation every row has a prompt of its own.
+    cache = rollout.request_rows * (config.task.max_prompt_tokens + rollout.max_new_tokens) * depth * width * 4
     base = 0.4 * GIB * (1 + resources.num_rollout_workers + resources.num_learners + resources.num_reward_workers)
     # A value model of its own is a second policy that learns.
     learning = 2 if build_algorithm(algorithm).advantage == "gae" and algorithm.value.model == "own" else 1

@@ -205,6 +205,9 @@ def test_learners_cut_no_group_where_each_can_have_whole_ones(tiny_run: Tiny, sh
         return sum(int((part.segments >= 0).sum()) for part in batch.parts())
 
     assert sum(map(read, batches)) == read(alone)
+    # Also where each update has as many groups as there are learners.
+    alone = laid_out(tiny_run, long, minibatches=2)
+    assert sum(read(laid_out(tiny_run, long, rank, 3, minibatches=2)) for rank in range(3)) == read(alone)
     # More learners than groups: some are cut, so that nobody is without.
     assert all(read(laid_out(tiny_run, long, rank, 9)) > 0 for rank in range(9))
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from conftest import Tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
@@ -40,11 +40,11 @@ def sample(policy: CausalLM, params: SamplingParams, texts: list[str] = PROMPTS,
     return generate(policy, tiny.prompt_table(policy, texts), first + np.arange(count), groups, params, version=0)
 
 
-def exact(policy: CausalLM, prompt: np.ndarray, completion: np.ndarray, temperature: float) -> np.ndarray:
+def exact(lm: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray, temperature: float) -> np.ndarray:
     """Log-probs [T] of a completion from one plain forward pass of the model on this sample alone."""
     ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64))
     with torch.no_grad():
-        logits = policy.lm(input_ids=ids[None]).logits[0].double() / temperature
+        logits = lm(input_ids=ids[None]).logits[0].double() / temperature
     logprobs = logits.log_softmax(dim=1)[len(prompt) - 1 : -1]
     return logprobs.gather(1, ids[len(prompt) :, None]).squeeze(1).numpy()
 
@@ -62,7 +62,7 @@ def test_logprobs_are_those_of_a_plain_forward(
     for prompt, completion, logprobs in zip(
         *(ragged(shard[name]) for name in ("prompt_ids", "completion_ids", "logprobs")), strict=True
     ):
-        np.testing.assert_allclose(logprobs, exact(policy, prompt, completion, temperature or 1.0), atol=1e-4)
+        np.testing.assert_allclose(logprobs, exact(policy.lm, prompt, completion, temperature or 1.0), atol=1e-4)
         lengths.add(len(completion))
     assert len(lengths) > 1  # rows that end early leave the batch: both sides of that are covered
 
@@ -76,8 +76,10 @@ GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
         ("gpt2", {}),  # learned positions
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
         ("qwen2", GATED),
-        ("mistral", GATED),
-        ("gemma2", {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0}),
+        ("mistral", {**GATED, "sliding_window": 40}),
+        ("gemma2", {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": None}),
+        ("qwen3", {**GATED, "head_dim": 8}),
+        ("gemma3_text", {**GATED, "head_dim": 8, "sliding_window": 40}),
         ("cohere", {**GATED, "logit_scale": 0.3}),
         ("granite", {**GATED, "logits_scaling": 3.0}),
     ],
@@ -87,6 +89,7 @@ def test_engine_and_learner_agree_with_a_plain_forward_on_every_architecture(
 ) -> None:
     folder = tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings)
     acting = CausalLM(folder, PolicyConfig(precision="fp32"))
+    eager = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     for temperature, count in ((0.0, 1), (0.7, 3)):
         shard = sample(acting, tiny.greedy(samples_per_prompt=count, temperature=temperature))
         prompts, completions, engine = (ragged(shard[name]) for name in ("prompt_ids", "completion_ids", "logprobs"))
@@ -94,7 +97,7 @@ def test_engine_and_learner_agree_with_a_plain_forward_on_every_architecture(
         with torch.no_grad():
             learner = acting.logprobs(batch, temperature or 1.0).numpy()
         for at, row in enumerate(batch.rows.tolist()):
-            plain = exact(acting, prompts[row], completions[row], temperature or 1.0)
+            plain = exact(eager, prompts[row], completions[row], temperature or 1.0)
             np.testing.assert_allclose(engine[row], plain, atol=1e-4)
             np.testing.assert_allclose(learner[at, : len(plain)], plain, atol=1e-4)
 
@@ -110,6 +113,26 @@ def test_architecture_that_cannot_attend_by_blocks_is_refused(
     ):
         with pytest.raises(UserError, match=f"the architecture {kind} does its attention itself"):
             start()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("diffllama", GATED, "reads its cache in a way of its own"),  # it rearranges values
+        ("nemotron", GATED, "reads its cache in a way of its own"),  # it does not hand on what attention is told
+        ("jetmoe", {"num_key_value_heads": 2, "kv_channels": 8}, "reads its cache in a way of its own"),  # repeats keys
+        ("gemma2", {**GATED, "head_dim": 8}, "gemma2 caps its scores"),
+        ("mistral", {**GATED, "sliding_window": 4}, "sees the last 4 tokens only, and a prompt with its completion"),
+    ],
+)
+def test_attention_that_is_not_the_common_one_is_refused_instead_of_being_wrong(
+    tiny_run: Tiny, tmp_path: Path, kind: str, settings: dict[str, Any], message: str
+) -> None:
+    acting = CausalLM(
+        tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings), PolicyConfig(precision="fp32")
+    )
+    with pytest.raises(UserError, match=message):
+        sample(acting, tiny.greedy())
 
 
 def test_greedy_completions_are_those_of_transformers_generate(policy: CausalLM, wild: CausalLM) -> None:

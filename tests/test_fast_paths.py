@@ -40,6 +40,7 @@ def made(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_logprobs_entropy_and_gradients_are_those_of_the_plain_formula(
     monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, scale: float, of_entropy: float
 ) -> None:
+    monkeypatch.setattr(logprobs, "_LOGITS", (rows_at_a_time + 4) * VOCAB)
     monkeypatch.setattr(logprobs, "_CPU_BLOCK", rows_at_a_time * VOCAB)
     states, weight, targets = made()
     by_token = torch.linspace(-1, 1, COUNT)
@@ -136,7 +137,7 @@ def test_dropout_of_attention_acts_also_by_blocks(tiny_run: Tiny) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("gemma2", {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0}),
+        ("gemma2", {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": None}),
         ("cohere", {**GATED, "logit_scale": 0.3}),
         ("granite", {**GATED, "logits_scaling": 3.0}),
         ("phi", {"intermediate_size": 48}),  # its head has a bias
@@ -189,7 +190,7 @@ def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(rows: list[int])
     mask[left < samples, ..., :2] = False  # the first prompt is shorter
     module = torch.nn.Module()
     module.layer_idx = 0  # type: ignore[assignment]
-    given = attention.Prompts([keys], [values], samples, left)
+    given = attention.Prompts([keys], [values], samples, left, {0: (own[0], own[1])})
     found, _ = attention.grouped_attention(module, query, *own, mask, prompts=given)
 
     alone = [torch.cat([p[left // samples], o], dim=2) for p, o in zip((keys, values), own, strict=True)]

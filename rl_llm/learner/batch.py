@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rl_llm.algorithms.losses import Divisor
 from rl_llm.config import RunConfig
-from rl_llm.policies.groups import Group, GroupBatch, make_groups, microbatches, pack
+from rl_llm.policies.groups import Group, GroupBatch, cut, make_groups, microbatches, pack
 from rl_llm.table import REF_LOGPROBS, ragged
 
 # Second word of the key of the draw of minibatches, above any sample's id.
@@ -66,8 +66,8 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
     """Lay out the rows of a rollout table.
 
     Minibatches are drawn once a step, by whole groups; which rows share an update does not depend on the learners. Each
-    learner takes whole packed groups, so that all have about the same number of tokens. Groups are cut only where there
-    are too few for that, at the price of reading their prompt again.
+    learner takes whole packed groups, so that all have about the same number of tokens. Groups are cut only where an
+    update has fewer of them than there are learners, at the price of reading their prompt again.
 
     Args:
         table: [N] rows, all of them to be trained on.
@@ -79,10 +79,6 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
     budget = config.learner.tokens_per_microbatch
     prompts, minibatches = ragged(table["prompt_ids"]), config.learner.minibatches
     groups = make_groups(group_ids.tolist(), prompts, completions, budget)
-    if learners > 1:
-        # A group too large for an even share of its update is cut, as one too large for a micro-batch is.
-        share = -(-sum(group.tokens for group in groups) // (learners * minibatches))
-        groups = make_groups(group_ids.tolist(), prompts, completions, min(budget, share))
     mask = torch.from_numpy(_padded(chosen, bool))
     batch = Batch(
         temperature=float(table["temperature"][0].as_py()) or 1.0,
@@ -117,7 +113,17 @@ def _draw(ids: np.ndarray, count: int, seed: int, step: int) -> list[np.ndarray]
 
 
 def _share(groups: list[Group], rank: int, learners: int) -> list[Group]:
-    """This learner's groups: the largest first, each to whoever has the fewest tokens so far."""
+    """This learner's groups: the largest first, each to whoever has the fewest tokens so far.
+
+    Fewer groups than learners are cut into as many parts as give everybody one.
+    """
+    if 0 < len(groups) < learners:
+        parts = -(-learners // len(groups))
+        groups = [
+            part
+            for group in groups
+            for part in cut(group, len(group.prompt) + -(-(group.tokens - len(group.prompt)) // parts))
+        ]
     shares: list[list[Group]] = [[] for _ in range(learners)]
     load = [0] * learners
     for group in sorted(groups, key=lambda g: (-g.tokens, g.rows)):

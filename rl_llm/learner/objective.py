@@ -47,7 +47,8 @@ class Objective:
     def begin(self, batch: Batch) -> None:
         """Before the first update of a run: values are what the first policy's samples came to, on the average.
 
-        From there they have only differences to learn, and where all rewards are equal there is no advantage.
+        From there they have only differences to learn, and where all rewards are equal and gamma is 1 there is no
+        advantage.
         """
         if self.value is not None:
             self.value.start_at(float(batch.weights.mean()))

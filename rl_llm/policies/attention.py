@@ -6,7 +6,7 @@ most pairs of tokens from each other: prompts and completions attend apart, so t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rl_llm.errors import UserError
 from rl_llm.policies.groups import Blocks
 
 GROUPED = "rl_llm_grouped"
@@ -31,12 +32,14 @@ class Prompts:
         keys, values: by layer, [P, key heads, S, D].
         samples: how many rows each prompt has at the most.
         slots: int64 [R], where each row is among P * samples.
+        own: by layer, keys and values of the rows' own tokens as the cache last handed them out.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     samples: int
     slots: Tensor
+    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def gather(self, rows: Tensor) -> Tensor:
         """[R, key heads, M, X] -> [P, key heads, samples * M, X], zeros for rows that are no more."""
@@ -58,30 +61,61 @@ def grouped_attention(
     scaling: float | None = None,
     blocks: Blocks | None = None,
     prompts: Prompts | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The library's interface: query [B, heads, Q, D], key and value [B, key heads, K, D] -> [B, Q, heads, D].
 
     `blocks` says what `attention_mask` says of packed groups, in a form that spares the work. With `prompts`, keys and
     values are those of the tokens behind the prompt, and the mask is of both.
+
+    Raises:
+        UserError: the model wants more of attention than this, or reads its cache in a way of its own.
     """
     if attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    layer: Any = getattr(module, "layer_idx", None)
+    _refuse_unknown(module, attention_mask.shape[-1] if blocks is None else blocks.keys.shape[1], kwargs)
+    if prompts is None:
+        as_cached = key.shape[2] == attention_mask.shape[-1]
+    else:
+        # What lies with the prompts is what the cache was given, so the rest has to be what it gave back.
+        own_key, own_value = prompts.own[layer]
+        as_cached = key is own_key and value is own_value
+    if not as_cached:
+        raise UserError(f"{_model(module)} reads its cache in a way of its own, which is not supported; take another")
     # Under autocast rotated queries and keys are fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if prompts is not None:
-        layer: Any = module.layer_idx
-        return _attend_after_prompts(query, key, value, attention_mask, prompts, layer, scale), None
-    if blocks is not None:
-        return _attend_blocks(query, key, value, blocks, scale, dropout), None
-    return _attend(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
+    with torch.autocast(query.device.type, enabled=False):
+        if prompts is not None:
+            return _attend_after_prompts(query, key, value, attention_mask, prompts, layer, scale), None
+        if blocks is not None:
+            return _attend_blocks(query, key, value, blocks, scale, dropout), None
+        return _attend(query, key, value, attention_mask, scale, dropout).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def _refuse_unknown(module: nn.Module, length: int, asked: dict[str, Any]) -> None:
+    """Raise `UserError` for what some models ask of attention beyond queries, keys, values and a mask."""
+    for name, what in (("softcap", "caps its scores"), ("s_aux", "has sinks"), ("position_bias", "has a bias")):
+        if asked.get(name) is not None:
+            raise UserError(f"{_model(module)} {what}, which is not supported; take another")
+    window = asked.get("sliding_window")
+    if window is not None and length > window:
+        raise UserError(
+            f"{_model(module)} sees the last {window} tokens only, and a prompt with its completion comes to {length}: "
+            "lower task.max_prompt_tokens or rollout.max_new_tokens, or take another model"
+        )
+
+
+def _model(module: nn.Module) -> str:
+    config: Any = getattr(module, "config", None)
+    return f"policy.model: the attention of {getattr(config, 'model_type', type(module).__name__)}"
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, dropout: float) -> Tensor:
@@ -104,15 +138,13 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sc
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
     """query [N, heads, Q, D], key and value [N, key heads, K, D], mask bool [1 or N, 1, Q, K] -> [N, heads, Q, D]."""
-    heads, length = query.shape[1:3]
-    share = heads // key.shape[1]
+    share, length = query.shape[1] // key.shape[1], query.shape[2]
     together = query.unflatten(1, (-1, share)).flatten(2, 3)
-    mask = mask.repeat(1, 1, share, 1)
     if query.device.type == "cpu" and not dropout:
         out = _MatrixAttention.apply(together, key, value, mask, scale)
     else:
         out = nn.functional.scaled_dot_product_attention(
-            together, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+            together, key, value, attn_mask=mask.repeat(1, 1, share, 1), dropout_p=dropout, scale=scale
         )
     return out.unflatten(2, (share, length)).flatten(1, 2)
 
@@ -124,10 +156,10 @@ def _attend_after_prompts(
 
     A prompt's keys and values are read once for all its samples, not once for each.
     """
-    q = (query * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    at_prompts = prompts.scatter(prompts.gather(q) @ prompts.keys[layer].mT)
-    scores = torch.cat([at_prompts, q @ key.mT], dim=-1)
-    weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1)
+    q = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float() * scale
+    at_prompts = prompts.scatter(prompts.gather(q) @ prompts.keys[layer].mT.float())
+    scores = torch.cat([at_prompts, q @ key.mT.float()], dim=-1)
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1).to(value.dtype)
     of_prompts, own = weights.split([at_prompts.shape[-1], key.shape[2]], dim=-1)
     out = prompts.scatter(prompts.gather(of_prompts) @ prompts.values[layer]) + own @ value
     return out.flatten(1, 2)[:, None]
@@ -142,26 +174,28 @@ class _MatrixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-        query = query * scale
-        hidden = ~mask.expand(len(query), -1, -1, -1)
-        out = torch.empty_like(query)
+        """query [N, key heads, M * Q, D], key and value [N, key heads, K, D], mask bool [1 or N, 1, Q, K]."""
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         for part in _parts(query, key):
-            torch.matmul(_weights(query[part], key[part], hidden[part]), value[part], out=out[part])
-        ctx.save_for_backward(query, key, value, hidden)
+            weights = _weights(query[part], key[part], mask if len(mask) == 1 else mask[part], scale)
+            torch.matmul(weights.to(value.dtype), value[part], out=out[part])
+        ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, hidden = ctx.saved_tensors
+        query, key, value, mask = ctx.saved_tensors
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
         for part in _parts(query, key):
-            weights = _weights(query[part], key[part], hidden[part])
-            grad_value[part] = weights.mT @ grad[part]
-            grad_scores = torch._softmax_backward_data(grad[part] @ value[part].mT, weights, -1, weights.dtype)
+            weights = _weights(query[part], key[part], mask if len(mask) == 1 else mask[part], ctx.scale)
+            grad_value[part] = weights.to(grad.dtype).mT @ grad[part]
+            grad_weights = (grad[part] @ value[part].mT).float()
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            grad_scores = grad_scores.to(query.dtype)
             grad_query[part] = grad_scores @ key[part]
             grad_key[part] = grad_scores.mT @ query[part]
-        return grad_query.mul_(ctx.scale), grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _parts(query: Tensor, key: Tensor) -> list[slice]:
@@ -170,5 +204,8 @@ def _parts(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(query), rows)]
 
 
-def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
-    return (query @ key.mT).masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+def _weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What each query takes of each value, in fp32: scores of bf16 would be off where they are large."""
+    scores = (query.float() * scale) @ key.float().mT
+    scores.unflatten(2, (-1, mask.shape[2])).masked_fill_(~mask[:, :, None], -torch.inf)
+    return scores.softmax(dim=-1)

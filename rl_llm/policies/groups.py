@@ -119,27 +119,25 @@ class Group:
 def make_groups(
     group_ids: Sequence[int], prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], budget: int
 ) -> list[Group]:
-    """Rows gathered by group; a group above the token budget is cut into several that repeat its prompt."""
+    """Rows gathered by group, those above the token budget cut; rows without tokens are left out."""
     members: dict[int, list[int]] = {}
     for row, group in enumerate(group_ids):
         if len(completions[row]):
             members.setdefault(int(group), []).append(row)
-    groups = []
-    for rows in members.values():
-        part: list[int] = []
-        size = start = len(prompts[rows[0]])
-        for row in rows:
-            if part and size + len(completions[row]) > budget:
-                groups.append(_group(part, prompts, completions))
-                part, size = [], start
-            part.append(row)
-            size += len(completions[row])
-        groups.append(_group(part, prompts, completions))
-    return groups
+    wholes = (Group(tuple(rows), prompts[rows[0]], tuple(completions[r] for r in rows)) for rows in members.values())
+    return [part for whole in wholes for part in cut(whole, budget)]
 
 
-def _group(rows: list[int], prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> Group:
-    return Group(tuple(rows), prompts[rows[0]], tuple(completions[row] for row in rows))
+def cut(group: Group, budget: int) -> list[Group]:
+    """The group in as few parts as the token budget takes, each with the prompt and at least one completion."""
+    starts, size = [0], len(group.prompt)
+    for at, completion in enumerate(group.completions):
+        if at > starts[-1] and size + len(completion) > budget:
+            starts.append(at)
+            size = len(group.prompt)
+        size += len(completion)
+    ends = [*starts[1:], len(group.rows)]
+    return [Group(group.rows[a:b], group.prompt, group.completions[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
 def microbatches(groups: list[Group], budget: int) -> list[list[Group]]:

@@ -1,5 +1,7 @@
 """A key-value cache made for groups: prompts are read and kept once for all their samples, tokens written in place."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class _GroupLayer(CacheLayerMixin):
         """Hand out what there is, the prompts, and start anew for so many rows."""
         assert self.keys is not None
         assert self.values is not None
-        prompts = self.keys, self.values
+        prompts = self.keys.contiguous(), self.values.contiguous()
         self.keys, self.values = (x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in prompts)
         self.length = 0
         return prompts
@@ -78,6 +80,12 @@ class GroupCache(Cache):
         rows = len(first) * samples
         keys, values = zip(*(layer.begin(rows, room) for layer in self._group_layers), strict=True)
         self.prompts = Prompts(list(keys), list(values), samples, torch.arange(rows, device=first.device))
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.prompts is not None:
+            self.prompts.own[layer_idx] = given
+        return given
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
