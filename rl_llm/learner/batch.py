@@ -77,8 +77,7 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
     chosen, completions = ragged(table["action_mask"]), ragged(table["completion_ids"])
     group_ids = table["group"].to_numpy()
     budget = config.learner.tokens_per_microbatch
-    prompts, minibatches = ragged(table["prompt_ids"]), config.learner.minibatches
-    groups = make_groups(group_ids.tolist(), prompts, completions, budget)
+    groups = make_groups(group_ids.tolist(), ragged(table["prompt_ids"]), completions, budget)
     mask = torch.from_numpy(_padded(chosen, bool))
     batch = Batch(
         temperature=float(table["temperature"][0].as_py()) or 1.0,
@@ -91,7 +90,7 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
     )
     if REF_LOGPROBS in table.column_names:
         batch.tokens[REF_LOGPROBS] = torch.from_numpy(_padded(ragged(table[REF_LOGPROBS]), np.float32))
-    for ids in _draw(np.unique(group_ids), minibatches, config.trainer.seed, step):
+    for ids in _draw(np.unique(group_ids), config.learner.minibatches, config.trainer.seed, step):
         rows = np.isin(group_ids, ids)
         mine = _share([group for group in groups if rows[group.rows[0]]], rank, learners)
         divisor = Divisor(
