@@ -23,11 +23,11 @@ import numpy as np
 import ray
 
 from rl_llm.config import RunConfig, load_config
-from rl_llm.console import Console
-from rl_llm.launch import ensure_base
-from rl_llm.plan import load_tokenizer, make_plan
-from rl_llm.trainer import Trainer
-from rl_llm.workers import connected, fetch
+from rl_llm.launch.preflight import load_tokenizer, make_plan
+from rl_llm.launch.training import ensure_base
+from rl_llm.runs.console import Console
+from rl_llm.runtime.pool import connected, fetch
+from rl_llm.trainer.trainer import Trainer
 
 ACTORS = [f"resources.num_{kind}=1" for kind in ("rollout_workers", "reward_workers", "learners")]
 Timed = tuple[float, dict[str, Any]]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rl_llm.algorithms import PRESETS
 from rl_llm.config import load_config
-from rl_llm.launch import run_training
-from rl_llm.run import Run
+from rl_llm.launch.training import run_training
+from rl_llm.runs.run import Run
 
 METRICS = ("utility", "chrf", "length", "no_repeat")
 # With one update a batch every ratio is 1, and losses that differ in how they clip it are the same.

@@ -22,8 +22,8 @@ from sacrebleu.metrics import CHRF
 
 from rl_llm.config import ComponentConfig, ResourcesConfig
 from rl_llm.rewards import RewardWorker, Scores, known
+from rl_llm.runtime.pool import Factory, Pool, Request, as_completed, connected, share
 from rl_llm.table import make_shard
-from rl_llm.workers import Factory, Pool, Request, as_completed, connected, share
 
 WORDS = 64
 GROUP = 8

@@ -48,7 +48,7 @@ def cut_prompts(model: str, args: argparse.Namespace, path: Path) -> None:
 
 def build_scratch_model(args: argparse.Namespace, folder: Path) -> str:
     from rl_llm.config import ScratchConfig, TaskConfig
-    from rl_llm.learner.warm_start import build_scratch
+    from rl_llm.policies.scratch import build_scratch
     from rl_llm.tasks import load_task
 
     task = load_task(TaskConfig(data=args.data, prompt="{" + args.text + "}"), 0)
@@ -59,10 +59,10 @@ def build_scratch_model(args: argparse.Namespace, folder: Path) -> str:
 
 def rl_llm_side(args: argparse.Namespace, folder: Path) -> None:
     from rl_llm.config import build_config
-    from rl_llm.console import Console
-    from rl_llm.launch import ensure_base
-    from rl_llm.plan import make_plan
-    from rl_llm.trainer import Trainer
+    from rl_llm.launch.preflight import make_plan
+    from rl_llm.launch.training import ensure_base
+    from rl_llm.runs.console import Console
+    from rl_llm.trainer.trainer import Trainer
 
     config = build_config(
         {

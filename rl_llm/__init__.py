@@ -9,9 +9,9 @@ run.table()
 from typing import TYPE_CHECKING, Any
 
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.logger import Callback
 from rl_llm.rewards.registry import reward
-from rl_llm.run import Run, load_run
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.run import Run, load_run
 
 if TYPE_CHECKING:
     from rl_llm.api import train

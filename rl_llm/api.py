@@ -9,10 +9,10 @@ from typing import Any
 
 from rl_llm.config import RunConfig, build_config, read_config
 from rl_llm.errors import UserError, did_you_mean
-from rl_llm.launch import run_training
-from rl_llm.logger import Callback
-from rl_llm.plan import FUNCTION, ROWS
-from rl_llm.run import Run
+from rl_llm.launch.preflight import FUNCTION, ROWS
+from rl_llm.launch.training import run_training
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.run import Run
 from rl_llm.tasks import task_from_rows
 
 Reward = str | Callable[..., Any]

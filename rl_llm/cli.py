@@ -46,8 +46,8 @@ def train(
 
     config = load_config(source, overrides or [])
     if dry_run:
-        from rl_llm.logger import sinks
-        from rl_llm.plan import describe, make_plan
+        from rl_llm.launch.preflight import describe, make_plan
+        from rl_llm.runs.trackers import sinks
         from rl_llm.tasks import describe_bad_rows
 
         sinks(config.logging)
@@ -59,8 +59,8 @@ def train(
         return
     if resume and output is None:
         raise UserError("--resume needs --output, the directory of the run to go on with")
-    from rl_llm.launch import run_training
-    from rl_llm.trainer import Interrupted
+    from rl_llm.launch.training import run_training
+    from rl_llm.trainer.trainer import Interrupted
 
     path = output or Path("runs") / f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -83,9 +83,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, tune or test")] = "test",
 ) -> None:
     """Measure a policy on held-out prompts, with 95 % intervals."""
-    from rl_llm.inference import config_for
-    from rl_llm.inference import evaluate as run_evaluation
-    from rl_llm.run import ResultTable
+    from rl_llm.launch.inference import config_for
+    from rl_llm.launch.inference import evaluate as run_evaluation
+    from rl_llm.runs.results import ResultTable
 
     if config is None and not (Path(model) / "config.yaml").is_file():
         raise UserError(
@@ -105,8 +105,8 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="JSON lines; default: print them")] = None,
 ) -> None:
     """Write a completion for each row of a file."""
-    from rl_llm.inference import config_for, write_jsonl
-    from rl_llm.inference import predict as run_prediction
+    from rl_llm.launch.inference import config_for, write_jsonl
+    from rl_llm.launch.inference import predict as run_prediction
 
     rows = run_prediction(config_for(model, None, overrides or []), file, _note)
     with _writing(output) as out:
@@ -121,7 +121,7 @@ def replay(
     weights: Annotated[str, typer.Option(help="other weights, such as chrf=1,length=0.2")],
 ) -> None:
     """Weigh a run's stored rollouts anew: whose advantage would have changed sign, what would have been preferred."""
-    from rl_llm.replay import replay as run_replay
+    from rl_llm.runs.replay import replay as run_replay
 
     rich.print(run_replay(run, _weights(weights)))
 
@@ -129,7 +129,7 @@ def replay(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]) -> None:
     """Write report.html, one file that works offline."""
-    from rl_llm.run import Run
+    from rl_llm.runs.run import Run
 
     print(Run(run).report())
 
@@ -160,7 +160,7 @@ def score_file(
 ) -> None:
     """Score completions of a file: try a reward before training on it."""
     from rl_llm.config import build_config, read_config
-    from rl_llm.inference import score, summarise, with_scores, write_jsonl
+    from rl_llm.launch.inference import score, summarise, with_scores, write_jsonl
 
     if bool(use) == bool(config):
         raise UserError("give the components with --use (repeated), or with --config")

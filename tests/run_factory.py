@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rl_llm.config import RunConfig, build_config
-from rl_llm.logger import JsonlWriter, to_json
+from rl_llm.runs.jsonl import JsonlWriter, to_json
 from rl_llm.table import OK
 
 

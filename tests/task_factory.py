@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_llm.config import TaskConfig
-from rl_llm.tasks import SIDES, Task
+from rl_llm.tasks import SPLITS, Task
 
 
 def facts(count: int) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def as_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def all_rows(task: Task) -> list[dict[str, Any]]:
-    rows = [{"side": side, **row} for side in SIDES for row in task.splits[side].to_pylist()]
+    rows = [{"side": side, **row} for side in SPLITS for row in task.splits[side].to_pylist()]
     return sorted(rows, key=lambda row: row["prompt_id"])
 
 

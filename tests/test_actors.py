@@ -11,13 +11,13 @@ import tiny
 from conftest import Tiny
 
 import rl_llm
-from rl_llm.cluster import answered
-from rl_llm.collector import Collector, _Batch
 from rl_llm.config import ResourcesConfig
-from rl_llm.logger import Callback
 from rl_llm.rewards import Scores
-from rl_llm.run import Run
-from rl_llm.workers import Outcome, Request, RequestFailed
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.run import Run
+from rl_llm.runtime.cluster import answered
+from rl_llm.runtime.pool import Outcome, Request, RequestFailed
+from rl_llm.trainer.collector import Collector, _Batch
 
 # Small shares of a CPU: the actors of a test fit into the tests' Ray whatever else is in it.
 SHARES = {"num_cpus_per_rollout_worker": 0.5, "num_cpus_per_reward_worker": 0.5, "num_cpus_per_learner": 0.5}
@@ -143,7 +143,7 @@ def test_quick_components_share_a_request_until_one_is_lost() -> None:
         return [request.args[0] for request in sent[before:]]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rl_llm.collector.share", lambda shard: shard)
+        patch.setattr("rl_llm.trainer.collector.share", lambda shard: shard)
         first = _Batch(collector, "step-1", names)
         assert asked(first) == names
         for request in list(sent):

@@ -8,7 +8,7 @@ from rl_llm.algorithms import PRESETS, Algorithm, advantages, build_algorithm, l
 from rl_llm.algorithms.kl import kl
 from rl_llm.config import AlgorithmConfig, build_config
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.plan import check_algorithm
+from rl_llm.launch.preflight import check_algorithm
 
 GROUPED = sorted(name for name, algorithm in PRESETS.items() if not algorithm.per_token)
 

@@ -13,10 +13,10 @@ from conftest import Tiny
 
 from rl_llm import cli
 from rl_llm.config import load_config
-from rl_llm.console import short
-from rl_llm.logger import read_jsonl
 from rl_llm.policies import CausalLM
-from rl_llm.run import Run
+from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.run import Run
+from rl_llm.runs.text import short
 
 
 class Said(NamedTuple):

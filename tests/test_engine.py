@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
-from rl_llm.plan import make_plan
+from rl_llm.launch.preflight import make_plan
 from rl_llm.policies import CausalLM
-from rl_llm.policies.groups import make_groups, pack
-from rl_llm.rollout.engine import generate
-from rl_llm.rollout.sampling import SamplingParams, draw, uniforms
+from rl_llm.policies.decoding import generate
+from rl_llm.policies.packing import make_groups, pack
+from rl_llm.policies.sampling import SamplingParams, draw, uniforms
 from rl_llm.table import ragged
 
 PROMPTS = ["red", "3 please blue", "17 there again now green", "gold gold gold gold gold gold gold"]

@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rl_llm.collector import Collector, _Batch
 from rl_llm.config import ComponentConfig, ResourcesConfig
 from rl_llm.rewards import RewardFailed, Scores, apply_policy
-from rl_llm.workers import Outcome, RequestFailed
+from rl_llm.runtime.pool import Outcome, RequestFailed
+from rl_llm.trainer.collector import Collector, _Batch
 
 MIXED = Scores(
     [1.0, None, None, None], ["ok", "not_applicable", "error", "timeout"], 0.1, ["ValueError: x", "TimeoutError: y"]

@@ -12,9 +12,9 @@ from conftest import Tiny
 
 from rl_llm.config import PolicyConfig
 from rl_llm.policies import CausalLM, attention, logprobs
-from rl_llm.policies.groups import GroupBatch, make_groups, pack
+from rl_llm.policies.cache import GroupCache
 from rl_llm.policies.logprobs import chosen_logprobs
-from rl_llm.rollout.cache import GroupCache
+from rl_llm.policies.packing import GroupBatch, make_groups, pack
 
 COUNT, WIDTH, VOCAB = 23, 16, 300
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}

@@ -14,14 +14,14 @@ from updates import Spy
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
-from rl_llm.evaluation import EVALUATION_IDS
+from rl_llm.launch.warm_start import base_path
 from rl_llm.learner.learner import Learner
 from rl_llm.learner.supervised import DRAWS
-from rl_llm.learner.warm_start import base_path
 from rl_llm.policies import CausalLM
-from rl_llm.policies.groups import make_groups, microbatches, pack
-from rl_llm.rollout.engine import generate
+from rl_llm.policies.decoding import generate
+from rl_llm.policies.packing import make_groups, microbatches, pack
 from rl_llm.tasks import load_task
+from rl_llm.trainer.evaluation import EVALUATION_IDS
 
 TEXTS = ["red", "3 please blue", "17 there again now green", "gold gold gold gold gold gold gold"]
 SAMPLES = 5

@@ -11,8 +11,8 @@ from conftest import Tiny
 from safetensors.torch import load_file
 
 from rl_llm.errors import RunFailed
-from rl_llm.logger import Callback
-from rl_llm.run import Run
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.run import Run
 
 SHARE = {"num_cpus_per_learner": 0.3}
 # One plain step of gradient descent: weights differ as gradients do.

@@ -12,9 +12,12 @@ import rich.console
 from run_factory import evaluation, make_config
 
 from rl_llm.config import LoggingConfig, RunConfig
-from rl_llm.console import Console, LiveConsole, evaluation_lines, make_console, short, sparkline, step_line
 from rl_llm.errors import UserError
-from rl_llm.logger import Callback, JsonlWriter, MLflow, TensorBoard, WandB, read_jsonl, sinks, to_json
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.console import Console, LiveConsole, evaluation_lines, make_console, step_line
+from rl_llm.runs.jsonl import JsonlWriter, read_jsonl, to_json
+from rl_llm.runs.text import short, sparkline
+from rl_llm.runs.trackers import MLflow, TensorBoard, WandB, sinks
 
 METRICS = {
     "step": 12,

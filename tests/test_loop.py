@@ -18,12 +18,13 @@ import rl_llm
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
 from rl_llm.learner.learner import Learner
-from rl_llm.logger import Callback, read_jsonl
 from rl_llm.policies import CausalLM
-from rl_llm.rollout.engine import generate
-from rl_llm.run import Run
+from rl_llm.policies.decoding import generate
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.run import Run
 from rl_llm.tasks import load_task
-from rl_llm.trainer import draw_prompts
+from rl_llm.trainer.trainer import draw_prompts
 
 Reward = Callable[..., list[Any]]
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from conftest import Tiny
 
-from rl_llm.run import Run
+from rl_llm.runs.run import Run
 
 # At a policy's rate values keep up with rates as high as these tests'.
 VALUE = {"lr_factor": 1.0}

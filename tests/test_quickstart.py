@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rl_llm.config import load_config
-from rl_llm.console import Console
-from rl_llm.launch import run_training
+from rl_llm.launch.training import run_training
+from rl_llm.runs.console import Console
 
 
 @pytest.mark.slow

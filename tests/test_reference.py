@@ -7,7 +7,7 @@ import pytest
 import tiny
 from conftest import Tiny
 
-from rl_llm.run import Run
+from rl_llm.runs.run import Run
 
 KL = {"coef": 0.05}
 ACTORS = {

@@ -9,10 +9,10 @@ from run_factory import make_run, write_rollouts
 
 from rl_llm.algorithms import build_algorithm
 from rl_llm.errors import UserError
-from rl_llm.logger import JsonlWriter, read_jsonl
-from rl_llm.replay import Replay, replay
-from rl_llm.rewards.mixture import Mixture
-from rl_llm.run import load_run
+from rl_llm.mixture import Mixture
+from rl_llm.runs.jsonl import JsonlWriter, read_jsonl
+from rl_llm.runs.replay import Replay, replay
+from rl_llm.runs.run import load_run
 
 
 def run_with(

@@ -6,10 +6,9 @@ import pytest
 from run_factory import around, evaluation, finished, make_run, write_rollouts
 
 from rl_llm.errors import UserError
-from rl_llm.logger import JsonlWriter, to_json
-from rl_llm.report.charts import POINTS
-from rl_llm.report.html import write_report
-from rl_llm.run import load_run
+from rl_llm.runs.jsonl import JsonlWriter, to_json
+from rl_llm.runs.report.charts import POINTS
+from rl_llm.runs.run import Run, load_run
 
 
 def figures(report: Path) -> list[dict]:
@@ -101,7 +100,7 @@ def test_an_interval_without_bounds_is_a_bare_mean(tmp_path: Path) -> None:
 
 def test_the_report_has_its_facts_and_every_kind_of_chart(tmp_path: Path) -> None:
     summary = finished(40, status="stopped_early", reason="no gain since")
-    report = write_report(make_run(tmp_path / "run", steps=40, summary=summary))
+    report = Run(make_run(tmp_path / "run", steps=40, summary=summary)).report()
     page = visible(report)
     facts = ["stopped early", "no gain since", "12 min 34 s", "1 chrf + 0.3 length", "40 of 40", "after, step 40"]
     titles = ["Utility", "Weighted reward", "bleu", "Share of the advantage", "Correlation", "KL to the", "Mismatch"]
@@ -111,7 +110,7 @@ def test_the_report_has_its_facts_and_every_kind_of_chart(tmp_path: Path) -> Non
 
 
 def test_the_report_needs_no_network(tmp_path: Path) -> None:
-    page = write_report(make_run(tmp_path / "run", summary=finished(40))).read_text()
+    page = Run(make_run(tmp_path / "run", summary=finished(40))).report().read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=", page)
 
 
@@ -121,21 +120,21 @@ def test_hostile_text_is_shown_and_never_interpreted(tmp_path: Path) -> None:
     failures = JsonlWriter(path / "failures.jsonl")
     kind = {"component": evil, "status": "error", "outcome": "mask"}
     failures.write({"step": 1, "rows": 2, "message": evil, "prompt_ids": [], **kind})
-    page = visible(write_report(path))
+    page = visible(Run(path).report())
     assert "<script" not in page
     assert "\x1b" not in page
     assert "&lt;script&gt;alert(1)" in page
 
 
 def test_a_component_name_cannot_leave_the_data_block(tmp_path: Path) -> None:
-    report = write_report(make_run(tmp_path / "run", components={"</script><b>": 1.0}, summary=finished(40)))
+    report = Run(make_run(tmp_path / "run", components={"</script><b>": 1.0}, summary=finished(40))).report()
     assert len(figures(report)) > 5
 
 
 @pytest.mark.parametrize("components", [{"chrf": 1.0}, {f"part{i}": 1.0 for i in range(8)}], ids=["one", "eight"])
 @pytest.mark.parametrize("steps", [0, 1, 30])
 def test_any_run_renders(tmp_path: Path, components: dict[str, float], steps: int) -> None:
-    report = write_report(make_run(tmp_path / "run", components=components, steps=steps, summary=None))
+    report = Run(make_run(tmp_path / "run", components=components, steps=steps, summary=None)).report()
     assert ("No step has finished" in visible(report)) == (steps == 0)
 
 
@@ -143,7 +142,7 @@ def test_a_run_that_failed_before_any_number_renders(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", steps=0, summary={"status": "failed", "reason": "no room", "steps": 0})
     (path / "eval.jsonl").unlink()
     (path / "metrics.jsonl").unlink()
-    page = visible(write_report(path))
+    page = visible(Run(path).report())
     assert "no room" in page
     assert "<figure" not in page
 
@@ -157,7 +156,7 @@ def test_missing_values_are_gaps(tmp_path: Path) -> None:
     writer = JsonlWriter(path / "metrics.jsonl")
     for line in lines:
         writer.write(line)
-    report = write_report(path)
+    report = Run(path).report()
     kl = next(figure["data"][0] for figure in figures(report) if figure["data"][0].get("name") == "KL to the reference")
     assert [value is None for value in kl["y"]] == [False, True, False]
     assert "Entropy" not in visible(report)
@@ -168,13 +167,13 @@ def test_the_test_split_shows_the_trained_policy_and_not_a_control(tmp_path: Pat
     lines = [evaluation(40, "test", label, ["chrf", "length"], 1.0, label) for label in ("after", "supervised")]
     with (path / "eval.jsonl").open("a") as file:
         file.writelines(to_json(line) + "\n" for line in lines)
-    page = visible(write_report(path))
+    page = visible(Run(path).report())
     assert "after of step 40" in page
     assert "supervised of step 40" not in page
 
 
 def test_mismatch_and_temperature_are_charted_as_what_they_are(tmp_path: Path) -> None:
-    page = visible(write_report(make_run(tmp_path / "run", summary=finished(40))))
+    page = visible(Run(make_run(tmp_path / "run", summary=finished(40))).report())
     assert "Mismatch<span>mean absolute difference of log-probs" in page
     assert "Sampling temperature" in page
 
@@ -191,7 +190,7 @@ def test_metrics_of_an_algorithm_are_charted_where_it_has_them(tmp_path: Path) -
     (path / "metrics.jsonl").write_text(
         "".join(to_json({**line, **dict.fromkeys(titles, 0.5 + line["step"])}) + "\n" for line in lines)
     )
-    page, other = visible(write_report(path)), visible(write_report(plain))
+    page, other = visible(Run(path).report()), visible(Run(plain).report())
     assert [title for title in titles.values() if title not in page] == []
     assert [title for title in titles.values() if title in other] == []
 
@@ -201,7 +200,7 @@ def test_what_stays_as_configured_has_no_chart(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     drawn = {"kl/coef": 0.1, "groups/drawn": 8, "bad_steps": 0}
     (path / "metrics.jsonl").write_text("".join(to_json({**line, **drawn}) + "\n" for line in lines))
-    page = visible(write_report(path))
+    page = visible(Run(path).report())
     assert not any(title in page for title in ("KL coefficient", "Groups drawn", "Skipped steps"))
     assert "KL to the reference" in page
 
@@ -212,7 +211,7 @@ def test_failures_are_grouped_and_counted(tmp_path: Path) -> None:
     for step, message in ((3, "no answer at all"), (9, "a later one")):
         kind = {"component": "chrf", "status": "timeout", "outcome": "impute"}
         writer.write({"step": step, "rows": 4, "message": message, "prompt_ids": [1], **kind})
-    page = visible(write_report(path))
+    page = visible(Run(path).report())
     assert "2 steps, 3 to 9" in page
     assert ">8</td>" in page
     assert "no answer at all" in page
@@ -221,7 +220,7 @@ def test_failures_are_grouped_and_counted(tmp_path: Path) -> None:
 
 def test_a_long_run_is_thinned_and_keeps_its_mean(tmp_path: Path) -> None:
     steps = 3 * POINTS
-    report = write_report(make_run(tmp_path / "run", components={"chrf": 1.0}, steps=steps, every=steps, summary=None))
+    report = Run(make_run(tmp_path / "run", components={"chrf": 1.0}, steps=steps, every=steps, summary=None)).report()
     length = next(f["data"][0] for f in figures(report) if f["data"][0].get("name") == "Completion length")
     assert len(length["y"]) == POINTS
     assert sum(length["y"]) / POINTS == pytest.approx(40 - 7.5, abs=0.01)
@@ -234,4 +233,4 @@ def test_a_conversational_prompt_reads_as_roles(tmp_path: Path) -> None:
     JsonlWriter(path / "eval.jsonl").write(
         line | {"samples": [{"prompt": prompt, "completion": "hi", "rewards": {"chrf": 1.0}}]}
     )
-    assert "system: be short\nuser: hello" in visible(write_report(path))
+    assert "system: be short\nuser: hello" in visible(Run(path).report())

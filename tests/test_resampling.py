@@ -9,7 +9,7 @@ import tiny
 from conftest import Tiny
 
 from rl_llm.rewards import RewardFailed
-from rl_llm.run import Run
+from rl_llm.runs.run import Run
 
 PROMPTS, SAMPLES = 6, 4
 

@@ -13,8 +13,9 @@ import tiny
 from conftest import Tiny
 
 from rl_llm.errors import UserError
-from rl_llm.logger import Callback, read_jsonl
-from rl_llm.run import Run
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.run import Run
 
 RESOURCES = {
     "num_rollout_workers": 1, "num_cpus_per_rollout_worker": 0.5, "num_reward_workers": 1,

@@ -14,7 +14,7 @@ from task_factory import all_rows, as_lines, config, facts, reasons, side_by_pro
 from rl_llm.config import TaskConfig
 from rl_llm.errors import UserError
 from rl_llm.table import FIELD
-from rl_llm.tasks import SIDES, load_task, task_from_rows
+from rl_llm.tasks import SPLITS, load_task, task_from_rows
 
 # --- formats
 
@@ -206,16 +206,16 @@ def test_sides_are_the_same_in_every_process() -> None:
 
 def test_shares_are_about_as_configured() -> None:
     task = task_from_rows(facts(4000), config(split={"tune": 0.2, "test": 0.3}))
-    shares = {side: task.splits[side].num_rows / 4000 for side in SIDES}
+    shares = {side: task.splits[side].num_rows / 4000 for side in SPLITS}
     assert shares == pytest.approx({"train": 0.5, "tune": 0.2, "test": 0.3}, abs=0.03)
 
 
 def test_equal_prompts_and_equal_keys_stay_together() -> None:
     rows = [{"text": f"t{i % 50}", "family": f"f{i % 30}"} for i in range(600)]
     task = task_from_rows(rows, config())
-    assert sum(len(set(task.splits[side]["prompt"].to_pylist())) for side in SIDES) == 50
+    assert sum(len(set(task.splits[side]["prompt"].to_pylist())) for side in SPLITS) == 50
     task = task_from_rows(rows, config(split={"by": "family"}))
-    assert sum(len(set(task.splits[side]["field/family"].to_pylist())) for side in SIDES) == 30
+    assert sum(len(set(task.splits[side]["field/family"].to_pylist())) for side in SPLITS) == 30
 
 
 def test_a_fraction_in_another_row_does_not_move_a_row() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from rl_llm.config import ResourcesConfig
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.workers import Factory, Outcome, Pool, Request, RequestFailed, as_completed, fetch
+from rl_llm.runtime.pool import Factory, Outcome, Pool, Request, RequestFailed, as_completed, fetch
 
 
 class Clerk:
@@ -228,7 +228,7 @@ def test_in_process_exceptions_are_raised_as_they_are_and_the_pool_lives_on() ->
 
 def test_in_process_pool_never_imports_ray() -> None:
     code = (
-        "import sys; from rl_llm.workers import *; pool = Pool('p', Factory(list), 0);"
+        "import sys; from rl_llm.runtime.pool import *; pool = Pool('p', Factory(list), 0);"
         "assert pool.call('count', 1) == 0; assert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -264,7 +264,7 @@ def test_the_second_return_stays_in_the_object_store(make_pool: MakePool) -> Non
 def test_a_table_travels_whole_and_a_slice_without_the_rest(make_pool: MakePool) -> None:
     import ray
 
-    from rl_llm.cluster import send_tables_as_ipc
+    from rl_llm.runtime.cluster import send_tables_as_ipc
 
     send_tables_as_ipc()
     whole = pa.table({"number": range(100_000), "ids": [[1, 2]] * 100_000}).replace_schema_metadata({"of": "a task"})
@@ -344,7 +344,7 @@ def test_the_watchdog_says_who_waits_for_whom(make_pool: MakePool, caplog: pytes
         pool.call("pid")
     for id in ("step-12/3", "step-12/4"):
         busy.submit(request(id, "hang", deadline_s=1.0))
-    with caplog.at_level(logging.WARNING, logger="rl_llm.workers"):
+    with caplog.at_level(logging.WARNING, logger="rl_llm.runtime.pool"):
         next(as_completed(busy, idle, watchdog_s=0.3))
     pattern = (
         r"nothing finished for \d+ s: rollout-0 \(pid \d+ on [\d.]+\) on step-12/3 for \d of 1 s, attempt 1, "
@@ -356,7 +356,7 @@ def test_the_watchdog_says_who_waits_for_whom(make_pool: MakePool, caplog: pytes
 def test_a_placement_gives_every_replica_its_bundle_and_takes_all_back(ray_session: None) -> None:
     import ray
 
-    from rl_llm.cluster import Placement
+    from rl_llm.runtime.cluster import Placement
 
     resources = ResourcesConfig(num_rollout_workers=2, num_reward_workers=1, num_cpus_per_reward_worker=0.5)
     placement = Placement(resources)
@@ -380,14 +380,14 @@ def test_a_placement_gives_every_replica_its_bundle_and_takes_all_back(ray_sessi
     ],
 )
 def test_what_cannot_be_placed_is_named(ray_session: None, asked: dict[str, float], message: str) -> None:
-    from rl_llm.cluster import Placement
+    from rl_llm.runtime.cluster import Placement
 
     with pytest.raises(UserError, match=message):
         Placement(ResourcesConfig(num_rollout_workers=3, wait_s=1, **asked))
 
 
 def test_connect_uses_the_ray_that_is_there(ray_session: None) -> None:
-    from rl_llm.cluster import connect
+    from rl_llm.runtime.cluster import connect
 
     assert not connect(ResourcesConfig(num_rollout_workers=1))
 
@@ -396,7 +396,7 @@ def test_connect_joins_a_cluster_by_address(ray_session: None) -> None:
     import ray
 
     code = (
-        "import ray; from rl_llm.cluster import connect; from rl_llm.config import ResourcesConfig;"
+        "import ray; from rl_llm.runtime.cluster import connect; from rl_llm.config import ResourcesConfig;"
         "assert connect(ResourcesConfig()); assert ray.cluster_resources()['CPU'] == 4"
     )
     address = ray.get_runtime_context().gcs_address
@@ -405,7 +405,7 @@ def test_connect_joins_a_cluster_by_address(ray_session: None) -> None:
 
 def test_a_local_ray_makes_room_for_more_actors_than_cores() -> None:
     code = (
-        "from rl_llm.cluster import connect, Placement; from rl_llm.config import ResourcesConfig; import os;"
+        "from rl_llm.runtime.cluster import connect, Placement; from rl_llm.config import ResourcesConfig; import os;"
         "many = ResourcesConfig(address='local', num_rollout_workers=os.cpu_count() + 3, wait_s=20);"
         "assert connect(many); Placement(many)"
     )
@@ -415,7 +415,7 @@ def test_a_local_ray_makes_room_for_more_actors_than_cores() -> None:
 def test_an_address_nobody_answers_at_is_a_line_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from rl_llm.cluster import connect
+    from rl_llm.runtime.cluster import connect
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.socket() as unused:

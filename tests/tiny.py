@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rl_llm.config import PolicyConfig, RunConfig, ScratchConfig, WarmStartConfig, build_config
-from rl_llm.console import Console
-from rl_llm.launch import run_training
+from rl_llm.launch.training import run_training
 from rl_llm.learner.supervised import encode_examples, train_supervised
-from rl_llm.learner.warm_start import build_scratch
-from rl_llm.logger import Callback, read_jsonl
 from rl_llm.policies import CausalLM
+from rl_llm.policies.scratch import build_scratch
 from rl_llm.rollout import SamplingParams
-from rl_llm.run import Run
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.console import Console
+from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.run import Run
 
 COLOURS = ("red", "blue", "green", "gold")
 NOISE = ("now", "then", "here", "there", "again", "please")

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from rl_llm.logger import read_jsonl
+from rl_llm.runs.jsonl import read_jsonl
 
 
 def match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:

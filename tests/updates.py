@@ -10,8 +10,8 @@ from conftest import Tiny
 
 from rl_llm.learner.learner import Learner
 from rl_llm.policies import CausalLM
-from rl_llm.policies.groups import GroupBatch, make_groups, pack
-from rl_llm.rollout.engine import generate
+from rl_llm.policies.decoding import generate
+from rl_llm.policies.packing import GroupBatch, make_groups, pack
 from rl_llm.table import ragged
 
 TEXTS = ["red", "3 please blue", "17 there again now green", "gold gold gold gold gold", "5 then red", "here blue"]

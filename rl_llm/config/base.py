@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from rl_llm.overrides import NUMBER, RAMP
+from rl_llm.config.overrides import NUMBER, RAMP
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rl_llm.algorithms.losses import Divisor
 from rl_llm.config import RunConfig
-from rl_llm.policies.groups import Group, GroupBatch, cut, make_groups, microbatches, pack
+from rl_llm.policies.packing import Group, GroupBatch, cut, make_groups, microbatches, pack
 from rl_llm.table import REF_LOGPROBS, ragged
 
 # Second word of the key of the draw of minibatches, above any sample's id.

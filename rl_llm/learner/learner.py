@@ -17,7 +17,7 @@ from rl_llm.errors import RunFailed
 from rl_llm.learner.batch import Batch, Minibatch, make_batch
 from rl_llm.learner.objective import Objective
 from rl_llm.learner.optimizer import build_optimizer, learning_rate, set_rate
-from rl_llm.learner.peers import Peers
+from rl_llm.learner.parallel import Peers
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import CausalLM
 

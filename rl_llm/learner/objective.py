@@ -10,9 +10,9 @@ from rl_llm.algorithms.kl import KLCoefficient, kl
 from rl_llm.algorithms.losses import Divisor, aggregate, value_loss
 from rl_llm.config import AlgorithmConfig
 from rl_llm.learner.batch import Batch
-from rl_llm.learner.peers import Peers
+from rl_llm.learner.parallel import Peers
 from rl_llm.policies import CausalLM, Reference, ValueFunction
-from rl_llm.policies.groups import GroupBatch
+from rl_llm.policies.packing import GroupBatch
 from rl_llm.table import REF_LOGPROBS
 
 

@@ -8,7 +8,7 @@ import torch
 from rl_llm.config import LearnerConfig, WarmStartConfig
 from rl_llm.learner.optimizer import build_optimizer, learning_rate, set_rate
 from rl_llm.policies import CausalLM
-from rl_llm.policies.groups import Group, microbatches, pack
+from rl_llm.policies.packing import Group, microbatches, pack
 
 # Second word of the key of the draws of examples, far above any sample's id and below the ids of evaluation.
 DRAWS = 1 << 61

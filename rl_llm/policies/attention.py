@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rl_llm.errors import UserError
-from rl_llm.policies.groups import Blocks
+from rl_llm.policies.packing import Blocks
 
 GROUPED = "rl_llm_grouped"
 

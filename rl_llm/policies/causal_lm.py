@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
 from rl_llm.policies.attention import GROUPED
-from rl_llm.policies.groups import GroupBatch
 from rl_llm.policies.logprobs import chosen_logprobs
 from rl_llm.policies.memory import keep_freed_memory
+from rl_llm.policies.packing import GroupBatch
 
 # Logits of this many tokens exist at once; more would not be faster, only larger.
 LOGPROB_CHUNK = 512

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_llm.policies.causal_lm import CausalLM
-from rl_llm.policies.groups import GroupBatch, make_groups, microbatches, pack
+from rl_llm.policies.packing import GroupBatch, make_groups, microbatches, pack
 from rl_llm.table import ragged
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_llm.policies.causal_lm import CausalLM
-from rl_llm.policies.groups import GroupBatch
+from rl_llm.policies.packing import GroupBatch
 
 
 class ValueFunction:

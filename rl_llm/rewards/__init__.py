@@ -1,10 +1,10 @@
 """Rewards: components, their registry, and the mixture. Importing this registers the built-in components."""
 
+from rl_llm.mixture import Mixed, Mixture
 from rl_llm.rewards.answers import exact_match, token_f1
 from rl_llm.rewards.component import FAILED, GIVE_UP_AFTER, Component, Scores, deadline_s
 from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy, filled, settle
 from rl_llm.rewards.form import Length, regex, vocab
-from rl_llm.rewards.mixture import Mixed, Mixture
 from rl_llm.rewards.overlap import bleu, chrf, rouge, ter
 from rl_llm.rewards.registry import Registered, known, resolve, reward
 from rl_llm.rewards.sentiment import sentiment

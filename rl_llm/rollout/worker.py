@@ -8,8 +8,8 @@ import torch
 
 from rl_llm.config import RunConfig
 from rl_llm.policies import CausalLM, Reference
-from rl_llm.rollout.engine import generate
-from rl_llm.rollout.sampling import SamplingParams
+from rl_llm.policies.decoding import generate
+from rl_llm.policies.sampling import SamplingParams
 from rl_llm.table import REF_LOGPROBS, float_lists, summarize
 
 

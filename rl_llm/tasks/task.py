@@ -23,7 +23,7 @@ from rl_llm.tasks.prompts import PromptBuilder, as_text, require_scalar, templat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SIDES = ("train", "tune", "test")
+SPLITS = ("train", "tune", "test")
 BUILTIN = "builtin:"
 DEFAULT_ROWS = 6000
 
@@ -192,7 +192,7 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
             continue
         kept.append(i)
         prompts.append(builder.prompt(row))
-        sides.append(side_of(as_text(row[split_by]) if split_by else prompts[-1], config.split))
+        sides.append(split_of(as_text(row[split_by]) if split_by else prompts[-1], config.split))
     _settle(bad_rows, config)
     if not kept:
         raise UserError(f"{source.name}: every row is bad; {describe_bad_rows(bad_rows)}")
@@ -209,7 +209,7 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
         table = mark_conversational(table)
     splits = {"all": table}
     if divide:
-        splits = {side: table.filter(pa.array([s == side for s in sides])) for side in SIDES}
+        splits = {side: table.filter(pa.array([s == side for s in sides])) for side in SPLITS}
         _refuse_empty_side(source.name, splits, config.split)
     return Task(source.name, builder.conversational, splits, bad_rows, fields, config, source.lines)
 
@@ -232,7 +232,7 @@ def _require(where: str, name: str, columns: dict[str, pa.ChunkedArray], source:
         raise UserError(f"{where}: {source} has no column {name!r}; {did_you_mean(name, columns)} (columns: {listed})")
 
 
-def side_of(key: str, split: SplitConfig) -> str:
+def split_of(key: str, split: SplitConfig) -> str:
     """The side a row is on, from its key alone: other rows, their order and the process play no part."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") / 2**64

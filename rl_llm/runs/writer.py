@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_llm.checkpoint import step_name
-from rl_llm.console import Console
-from rl_llm.logger import Callback, JsonlWriter, TrainerView, to_json
+from rl_llm.runs.checkpoint import step_name
+from rl_llm.runs.console import Console
+from rl_llm.runs.callbacks import Callback, TrainerView
+from rl_llm.runs.jsonl import JsonlWriter, to_json
 
 
 class Journal:

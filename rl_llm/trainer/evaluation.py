@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rl_llm.collector import Collected
 from rl_llm.config import ComponentConfig, EvaluationConfig
-from rl_llm.crew import Crew
 from rl_llm.rewards import settle
 from rl_llm.rollout import SamplingParams
-from rl_llm.workers import fetch
+from rl_llm.runtime.pool import fetch
+from rl_llm.trainer.collector import Collected
+from rl_llm.trainer.workers import Crew
 
 RESAMPLES = 2000
 TOKENS = "tokens"

@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig
-from rl_llm.console import short
 from rl_llm.errors import UserError
-from rl_llm.learner.warm_start import needs_base, scratch_settings
+from rl_llm.launch.warm_start import needs_base
 from rl_llm.policies import check_attention, freeze
+from rl_llm.policies.scratch import scratch_settings
 from rl_llm.rewards import Component, known
+from rl_llm.runs.text import short
 from rl_llm.tasks import Task, load_task
 
 GIB = 2**30

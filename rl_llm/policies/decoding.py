@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rl_llm.policies import CausalLM
-from rl_llm.rollout.cache import GroupCache, left_pad
-from rl_llm.rollout.sampling import SamplingParams, draw, uniforms
+from rl_llm.policies.cache import GroupCache, left_pad
+from rl_llm.policies.sampling import SamplingParams, draw, uniforms
 from rl_llm.table import make_shard, ragged
 
 # Finished rows are dropped when they are this share of the batch: dropping copies the cache.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from rl_llm.run import Run
+from rl_llm.runs.reader import RunFiles
 
 POINTS = 1000  # a longer run is drawn as means of equal stretches of steps, to keep the page light
 MANY = 4  # lines whose legend fits under a narrow chart
@@ -55,7 +55,7 @@ class Chart:
     wide: bool = False
 
 
-def reward_charts(run: Run) -> list[Chart]:
+def reward_charts(run: RunFiles) -> list[Chart]:
     """Utility, weighted reward, then a chart for each component and each metric that is only measured."""
     frame = thinned(run.metrics)
     components = list(run.config.rewards.components)
@@ -73,7 +73,7 @@ def reward_charts(run: Run) -> list[Chart]:
     return drawable(charts)
 
 
-def utility_chart(run: Run) -> Chart:
+def utility_chart(run: RunFiles) -> Chart:
     """Utility of the validations with its 95 % band, the best step marked."""
     steps, entries = validations(run, "utility")
     mean, low, high = ([entry.get(key) for entry in entries] for key in ("mean", "low", "high"))
@@ -91,7 +91,7 @@ def utility_chart(run: Run) -> Chart:
     return Chart("Utility", note, traces, wide=True)
 
 
-def mixture_charts(run: Run) -> list[Chart]:
+def mixture_charts(run: RunFiles) -> list[Chart]:
     """What each component had to say: weights, shares of the advantage, correlations, failures."""
     frame = thinned(run.metrics)
     components = list(run.config.rewards.components)
@@ -112,7 +112,7 @@ def mixture_charts(run: Run) -> list[Chart]:
     return drawable([*charts, correlation_chart(run, components)])
 
 
-def correlation_chart(run: Run, components: list[str]) -> Chart:
+def correlation_chart(run: RunFiles, components: list[str]) -> Chart:
     """Correlation of every two components, averaged over the last tenth of the run."""
     recent = run.metrics.tail(max(len(run.metrics) // 10, 1))
     grid: list[list[float | None]] = [[None] * len(components) for _ in components]
@@ -135,7 +135,7 @@ def correlation_chart(run: Run, components: list[str]) -> Chart:
     return Chart("Correlation of components", note, [heat | shown], layout, wide=len(components) > MANY)
 
 
-def training_charts(run: Run) -> list[Chart]:
+def training_charts(run: RunFiles) -> list[Chart]:
     """Policy, optimiser and speed, one chart a number, and where the seconds of a step went."""
     frame = thinned(run.metrics)
     # What stays as configured tells nothing.
@@ -191,7 +191,7 @@ def smoothed(frame: pd.DataFrame, column: str, label: str, color: str) -> list[d
     return [pale, trace(mean, column, f"{label} (mean)", color)]
 
 
-def validation(run: Run, metric: str) -> list[dict[str, Any]]:
+def validation(run: RunFiles, metric: str) -> list[dict[str, Any]]:
     """Validation means of a metric with 95 % bars."""
     steps, entries = validations(run, metric)
     if not steps:
@@ -208,7 +208,7 @@ def gap(entry: dict[str, Any], bound: str) -> float | None:
     return None if mean is None or edge is None else abs(edge - mean)
 
 
-def validations(run: Run, metric: str) -> tuple[list[int], list[dict[str, Any]]]:
+def validations(run: RunFiles, metric: str) -> tuple[list[int], list[dict[str, Any]]]:
     """Steps and intervals of `metric` on the tune split."""
     lines = [line for line in run.evaluations if line["split"] == "tune" and line["metrics"].get(metric)]
     return [line["step"] for line in lines], [line["metrics"][metric] for line in lines]

@@ -11,8 +11,8 @@ import pyarrow as pa
 from rl_llm.config import ResourcesConfig
 from rl_llm.rewards import FAILED, GIVE_UP_AFTER, Scores
 from rl_llm.rollout import RolloutRequest, SamplingParams
+from rl_llm.runtime.pool import Outcome, Pool, Request, as_completed, share
 from rl_llm.table import ERROR, TIMEOUT
-from rl_llm.workers import Outcome, Pool, Request, as_completed, share
 
 SLACK = 10
 """Components share a request only where each one's deadline is this many times what all of them have taken."""

@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rl_llm import checkpoint
 from rl_llm.algorithms import build_algorithm
-from rl_llm.collector import Collected
 from rl_llm.config import RunConfig, value_at
-from rl_llm.console import Console
-from rl_llm.crew import Crew
 from rl_llm.errors import RunFailed
-from rl_llm.evaluation import Evaluation, Evaluator, Progress, Utility, held_out
-from rl_llm.journal import Journal
-from rl_llm.learner.warm_start import supervised_texts
-from rl_llm.logger import Callback
+from rl_llm.launch.warm_start import supervised_texts
 from rl_llm.rewards import Mixed, Mixture, Settled, filled, settle
 from rl_llm.rollout import SamplingParams
+from rl_llm.runs import checkpoint
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.console import Console
+from rl_llm.runs.writer import Journal
 from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
 from rl_llm.tasks import Task
+from rl_llm.trainer.collector import Collected
+from rl_llm.trainer.evaluation import Evaluation, Evaluator, Progress, Utility, held_out
+from rl_llm.trainer.workers import Crew
 
 SUPERVISED_VERSION = -1
 

@@ -1,141 +1,18 @@
-"""Where a run's numbers go: JSON lines in the run directory, and callbacks (TensorBoard, W&B, MLflow, the user's own).
-
-The run directory is the record; everything else is a view of it that a `Callback` feeds.
-"""
+"""Views of a run that others draw: TensorBoard, W&B, MLflow. The run directory is the record."""
 
 import importlib
-import json
 import math
-import os
 import re
-from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Protocol
+from typing import Any
 
-import numpy as np
 import yaml
 from tensorboardX import SummaryWriter
 
-from rl_llm.config import LoggingConfig, RunConfig
+from rl_llm.config import LoggingConfig
 from rl_llm.errors import UserError
-
-# Evaluations that a run makes when its steps are done; a resumed run makes them again.
-MADE_AT_THE_END = ("after", "supervised")
-
-
-class TrainerView(Protocol):
-    """What a callback may rely on finding on the trainer it is given."""
-
-    @property
-    def config(self) -> RunConfig: ...
-
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-
-    @property
-    def steps_done(self) -> int:
-        """Steps finished so far; above 0 in `on_start` when a run resumes."""
-
-
-class Callback:
-    """Base class for whatever wants to follow a run; override what you need, the rest does nothing.
-
-    Callbacks run in the driver process, in the order given, and are waited for: a slow one slows training. An exception
-    is not caught: it ends the run with status "failed", everything up to the last checkpoint being kept.
-
-    A run that is killed and resumed calls `on_start` again with `trainer.steps_done` above 0, and repeats the steps
-    after its last checkpoint with the same numbers. A callback that keeps its own record must drop those first.
-
-    Example:
-        class StopWhenShort(rl_llm.Callback):
-            def on_step(self, trainer, metrics):
-                if metrics["completion/length"] < 3:
-                    raise RuntimeError("the policy has collapsed to empty completions")
-    """
-
-    def on_start(self, trainer: TrainerView) -> None:
-        """Before the first step (of a resumed run: before the first one it still has to do)."""
-
-    def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
-        """After each step. `metrics` is the line of metrics.jsonl: `step` (from 1), `loss`, `reward/<name>/mean`, ...
-
-        Seconds are under `time/`; NaN where a component had no value in the whole step.
-        """
-
-    def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
-        """After each evaluation. `evaluation` is the line of eval.jsonl.
-
-        Keys: `step`, `split` ("tune" or "test"), `label` ("before", "validation" or "after"), `metrics` as
-        `{name: {"mean", "low", "high"}}` with 95 % bounds, `utility` among them, and `samples` as a list of
-        `{"prompt", "completion", "rewards": {name: value or None}}`.
-        """
-
-    def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
-        """After a checkpoint folder is complete on disk."""
-
-    def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
-        """After the last step, however the run ended. `summary` is summary.json: `status`, `reason`, `steps`, ..."""
-
-
-def to_json(value: Any) -> str:
-    """Strict JSON on one line: NaN and infinities become null, numpy numbers plain ones, paths strings."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, none if it is not there yet; a last line cut short by a kill is left out.
-
-    Raises:
-        UserError: a line before the last one is broken, which no kill explains.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}:{number}: not valid JSON; repair or remove this line") from None
-    return rows
-
-
-class JsonlWriter:
-    """Appends objects to a JSON-lines file, a line each, flushed at once so that readers and a kill find it whole.
-
-    Args:
-        path: the file; made when missing.
-        last_step: lines whose `step` is above this are dropped on opening, and so is a broken last line: a resumed run
-            writes them again. The default starts the file anew.
-    """
-
-    def __init__(self, path: Path, last_step: int = -1) -> None:
-        kept = [row for row in read_jsonl(path) if row["step"] <= last_step and row.get("label") not in MADE_AT_THE_END]
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(aside, path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+from rl_llm.runs.callbacks import Callback, TrainerView
+from rl_llm.runs.jsonl import to_json
 
 
 def sinks(config: LoggingConfig) -> list[Callback]:

@@ -14,18 +14,20 @@ from typing import Any
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from rl_llm import checkpoint
 from rl_llm.config import VERSIONS, RunConfig, build_config
-from rl_llm.console import Console, make_console
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.evaluation import Progress
-from rl_llm.learner.warm_start import BaseBuilder, base_path, build_base, needs_base
-from rl_llm.logger import Callback, sinks, to_json
-from rl_llm.plan import Plan, describe, load_tokenizer, make_plan
-from rl_llm.run import Run
+from rl_llm.launch.preflight import Plan, describe, load_tokenizer, make_plan
+from rl_llm.launch.warm_start import BaseBuilder, base_path, build_base, needs_base
+from rl_llm.runs import checkpoint
+from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.console import Console, make_console
+from rl_llm.runs.jsonl import to_json
+from rl_llm.runs.run import Run
+from rl_llm.runs.trackers import sinks
+from rl_llm.runtime.pool import Factory, Pool, connected
 from rl_llm.tasks import Task, describe_bad_rows
-from rl_llm.trainer import Interrupted, Trainer
-from rl_llm.workers import Factory, Pool, connected
+from rl_llm.trainer.evaluation import Progress
+from rl_llm.trainer.trainer import Interrupted, Trainer
 
 # What may differ between a run and its resumption: none of it changes what a step is made of, save weights, which are
 # meant to be changed, and the number of steps where the learning rate follows it.

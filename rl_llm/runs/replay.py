@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_llm.algorithms import build_algorithm
-from rl_llm.console import one_line, printable, prompt_text, short, sparkline
 from rl_llm.errors import UserError
-from rl_llm.rewards.mixture import Mixed, Mixture
-from rl_llm.run import Run
+from rl_llm.mixture import Mixed, Mixture
+from rl_llm.runs.reader import RunFiles
+from rl_llm.runs.text import one_line, printable, prompt_text, short, sparkline
 from rl_llm.table import component_columns
 
 EXAMPLES = 3
@@ -141,7 +141,7 @@ def replay(run_dir: str | Path, weights: Mapping[str, float]) -> Replay:
     Raises:
         UserError: no run, no rollout table in it, or weights that are no component's or not finite.
     """
-    run = Run(run_dir)
+    run = RunFiles(run_dir)
     own, other = Mixture(run.config.rewards), Mixture(run.config.rewards)
     for name, weight in weights.items():
         other.set_weight(name, weight)
@@ -159,7 +159,7 @@ def replay(run_dir: str | Path, weights: Mapping[str, float]) -> Replay:
     return _collect(done, own.weights_at(0), other.weights_at(0))
 
 
-def _replay_step(run: Run, step: int, own: Mixture, other: Mixture) -> _Step:
+def _replay_step(run: RunFiles, step: int, own: Mixture, other: Mixture) -> _Step:
     table = run.rollouts(step)
     algorithm = build_algorithm(run.config.algorithm)
     components = component_columns(table)

@@ -7,28 +7,24 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from rl_llm.config import Ramp
-from rl_llm.console import is_number, printable, prompt_text, short
-from rl_llm.logger import to_json
-from rl_llm.report.charts import Chart, mixture_charts, reward_charts, training_charts
-from rl_llm.report.style import CSS, DRAW
-from rl_llm.run import Run
+from rl_llm.runs.jsonl import to_json
+from rl_llm.runs.reader import RunFiles
+from rl_llm.runs.report.charts import Chart, mixture_charts, reward_charts, training_charts
+from rl_llm.runs.report.style import CSS, DRAW
+from rl_llm.runs.results import results_of
+from rl_llm.runs.text import is_number, printable, prompt_text, short
 
 MESSAGE_LIMIT = 600  # characters of a failure's message
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` of a finished, running or killed run into its directory and return the file's path.
-
-    Raises:
-        UserError: `run_dir` is no run directory.
-    """
-    run = Run(run_dir)
+def write_report(run: RunFiles) -> Path:
+    """Write `report.html` of a finished, running or killed run into its directory and return the file's path."""
     where = run.path / "report.html"
     where.write_text(page(run), encoding="utf-8")
     return where
 
 
-def page(run: Run) -> str:
+def page(run: RunFiles) -> str:
     """The whole document. Everything a run produced is text to this page: it is escaped, never interpreted."""
     sections = {
         "Rewards": reward_charts(run),
@@ -58,7 +54,7 @@ def page(run: Run) -> str:
     )
 
 
-def header(run: Run) -> str:
+def header(run: RunFiles) -> str:
     """Name, status with its reason, and the facts of the run."""
     config, summary = run.config, run.summary
     done = summary.get("steps", int(run.metrics["step"].max()) if len(run.metrics) else 0)
@@ -82,16 +78,16 @@ def header(run: Run) -> str:
     return f"<h1>{text(run.path.resolve().name)} {badge}</h1>{reason}<dl>{shown}</dl>{empty}"
 
 
-def mixture_formula(run: Run) -> str:
+def mixture_formula(run: RunFiles) -> str:
     """The initial mixture as a sum, e.g. `1 chrf + 0.3 length`."""
     initial = {k: w.start if isinstance(w, Ramp) else w for k, w in run.config.rewards.weights.items()}
     formula = " + ".join(f"{weight:g} {name}" for name, weight in initial.items())
     return formula.replace("+ -", "- ")
 
 
-def results(run: Run) -> str:
+def results(run: RunFiles) -> str:
     """Test-split metrics side by side: before, after and the controls."""
-    table = run.table()
+    table = results_of(run)
     if not table.columns:
         return ""
     titles, *rows = table.cells()
@@ -129,7 +125,7 @@ def chart_section(title: str, charts: list[Chart], figures: list[dict[str, Any]]
     return f'<h2>{text(title)}</h2><div class="charts">{"".join(cells)}</div>'
 
 
-def samples(run: Run) -> str:
+def samples(run: RunFiles) -> str:
     """The same prompts answered by the first and by the best policy."""
     cards = []
     for first, best in sample_lines(run):
@@ -147,7 +143,7 @@ def samples(run: Run) -> str:
     return f"<h2>Samples before and after</h2>{''.join(cards)}" if cards else ""
 
 
-def sample_lines(run: Run) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+def sample_lines(run: RunFiles) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
     """For each split the first evaluation and, if it is another, that of the best policy (in tune else the latest)."""
     pairs = []
     for split in ("test", "tune"):
@@ -170,7 +166,7 @@ def side(label: str, step: int, sample: dict[str, Any]) -> str:
     return f'<div class="side {label}"><b>{label}, step {step}</b><pre>{completion}</pre>{chips}</div>'
 
 
-def failures(run: Run) -> str:
+def failures(run: RunFiles) -> str:
     """Failed reward rows by component, status and outcome, each with its first message."""
     kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in run.failures:
@@ -193,7 +189,7 @@ def failures(run: Run) -> str:
     )
 
 
-def config(run: Run) -> str:
+def config(run: RunFiles) -> str:
     """The config file as it lies in the run directory, versions included."""
     content = (run.path / "config.yaml").read_text(encoding="utf-8")
     shown = f'<details class="card"><summary>config.yaml</summary><pre>{text(content)}</pre></details>'

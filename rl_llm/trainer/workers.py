@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from rl_llm.collector import Collector
 from rl_llm.config import ComponentConfig, RunConfig
 from rl_llm.learner.learner import Learner
 from rl_llm.rewards import RewardWorker, deadline_s
 from rl_llm.rollout import RolloutWorker
-from rl_llm.workers import Factory, Outcome, Pool, Request, as_completed, share
+from rl_llm.runtime.pool import Factory, Outcome, Pool, Request, as_completed, share
+from rl_llm.trainer.collector import Collector
 
 
 def _placed(options: dict[str, Any], index: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Crew:
         here = Learner(config, base) if resources.num_learners == 0 else None
         self._placement: Any = None
         if resources.uses_ray:
-            from rl_llm.cluster import Placement
+            from rl_llm.runtime.cluster import Placement
 
             self._placement = Placement(resources)
         shared = here.policy if here is not None and resources.num_rollout_workers == 0 else None

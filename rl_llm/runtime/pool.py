@@ -28,7 +28,7 @@ from rl_llm.config import ResourcesConfig
 from rl_llm.errors import RunFailed
 
 if TYPE_CHECKING:
-    from rl_llm.cluster import Actor
+    from rl_llm.runtime.cluster import Actor
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class Pool:
         """Takes the answers that are there, replaces the workers that are late, hands out what is queued."""
         if not self._seats:
             return
-        from rl_llm.cluster import answered
+        from rl_llm.runtime.cluster import answered
 
         ready = answered([seat.actor for seat in self._seats if seat.actor is not None], 0.0)
         for seat in self._seats:
@@ -225,7 +225,7 @@ class Pool:
         self._fill()
 
     def _take(self, seat: _Seat, actor: "Actor") -> None:
-        from rl_llm.cluster import MethodRaised, WorkerDied
+        from rl_llm.runtime.cluster import MethodRaised, WorkerDied
 
         try:
             outcome = Outcome(*actor.receive())
@@ -266,7 +266,7 @@ class Pool:
     def _fill(self) -> None:
         for index, seat in enumerate(self._seats):
             if seat.actor is None:
-                from rl_llm.cluster import Actor
+                from rl_llm.runtime.cluster import Actor
 
                 make = self.factory
                 seat.expect(self.start_timeout_s)
@@ -319,7 +319,7 @@ def as_completed(*pools: Pool, watchdog_s: float = 60.0) -> Iterator[tuple[Pool,
 
 def _wait(pools: Sequence[Pool], until: float) -> bool:
     """Sleeps to the first answer, the first deadline or `until`, whichever is first; whether an answer came."""
-    from rl_llm.cluster import answered
+    from rl_llm.runtime.cluster import answered
 
     busy = [seat for pool in pools for seat in pool._seats if seat.busy]
     until = min([until, *(seat.deadline for seat in busy)])
@@ -341,7 +341,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         return
     import ray
 
-    from rl_llm.cluster import connect, send_tables_as_ipc
+    from rl_llm.runtime.cluster import connect, send_tables_as_ipc
 
     started = connect(resources)
     send_tables_as_ipc()

@@ -11,17 +11,17 @@ import pyarrow as pa
 from transformers.utils import logging as transformers_logging
 
 from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
-from rl_llm.crew import Crew
 from rl_llm.errors import UserError
-from rl_llm.evaluation import Evaluator, held_out
-from rl_llm.plan import check_components, check_model, load_tokenizer, read_task, registered_here
+from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
 from rl_llm.rewards import Component, Scores
 from rl_llm.rollout import SamplingParams
-from rl_llm.run import Run
+from rl_llm.runs.run import Run
+from rl_llm.runtime.pool import connected, fetch
 from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT
 from rl_llm.tasks import Task, describe_bad_rows, load_prompts
 from rl_llm.tasks.prompts import template_columns
-from rl_llm.workers import connected, fetch
+from rl_llm.trainer.evaluation import Evaluator, held_out
+from rl_llm.trainer.workers import Crew
 
 Note = Callable[[str], None]
 """Is told in a line what went wrong with rows: bad ones, failed rewards."""

@@ -1,0 +1,61 @@
+"""Who follows a run: the base class of everything that does."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from rl_llm.config import RunConfig
+
+
+class TrainerView(Protocol):
+    """What a callback may rely on finding on the trainer it is given."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+
+    @property
+    def steps_done(self) -> int:
+        """Steps finished so far; above 0 in `on_start` when a run resumes."""
+
+
+class Callback:
+    """Base class for whatever wants to follow a run; override what you need, the rest does nothing.
+
+    Callbacks run in the driver process, in the order given, and are waited for: a slow one slows training. An exception
+    is not caught: it ends the run with status "failed", everything up to the last checkpoint being kept.
+
+    A run that is killed and resumed calls `on_start` again with `trainer.steps_done` above 0, and repeats the steps
+    after its last checkpoint with the same numbers. A callback that keeps its own record must drop those first.
+
+    Example:
+        class StopWhenShort(rl_llm.Callback):
+            def on_step(self, trainer, metrics):
+                if metrics["completion/length"] < 3:
+                    raise RuntimeError("the policy has collapsed to empty completions")
+    """
+
+    def on_start(self, trainer: TrainerView) -> None:
+        """Before the first step (of a resumed run: before the first one it still has to do)."""
+
+    def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
+        """After each step. `metrics` is the line of metrics.jsonl: `step` (from 1), `loss`, `reward/<name>/mean`, ...
+
+        Seconds are under `time/`; NaN where a component had no value in the whole step.
+        """
+
+    def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
+        """After each evaluation. `evaluation` is the line of eval.jsonl.
+
+        Keys: `step`, `split` ("tune" or "test"), `label` ("before", "validation" or "after"), `metrics` as
+        `{name: {"mean", "low", "high"}}` with 95 % bounds, `utility` among them, and `samples` as a list of
+        `{"prompt", "completion", "rewards": {name: value or None}}`.
+        """
+
+    def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
+        """After a checkpoint folder is complete on disk."""
+
+    def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
+        """After the last step, however the run ended. `summary` is summary.json: `status`, `reason`, `steps`, ..."""
