@@ -103,7 +103,7 @@ def main() -> None:
     for rows in args.rows:
         lengths = long_tailed(rows)
         prompts = np.random.default_rng(1).integers(
-            end + 1, policy.lm.config.vocab_size, (rows // SAMPLES, PROMPT_TOKENS)
+            end + 1, policy.unwrapped.config.vocab_size, (rows // SAMPLES, PROMPT_TOKENS)
         )
         sides = (lambda: ours(policy, prompts, lengths)), (lambda: theirs(model, prompts, lengths, end))  # noqa: B023
         speeds = []

@@ -59,8 +59,8 @@ def train(
         return
     if resume and output is None:
         raise UserError("--resume needs --output, the directory of the run to go on with")
+    from rl_llm.errors import Interrupted
     from rl_llm.launch.training import run_training
-    from rl_llm.trainer.trainer import Interrupted
 
     path = output or Path("runs") / f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:

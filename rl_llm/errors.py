@@ -12,6 +12,10 @@ class RunFailed(Exception):
     """A run that had started cannot go on. The message names the cause; all up to the last checkpoint is kept."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Somebody asked the run to stop (SIGINT, SIGTERM); its state is saved."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint naming the closest known word, or the whole choice where nothing is close."""
     known = sorted(known)

@@ -16,7 +16,6 @@ A `pyarrow.Table` with a row per sample, made in *shards* of one rollout request
 `log_kept_mass`     list<float32>  log of the probability that top_p, top_k or a minimum length kept (0: all)
 `temperature`       float32        0: greedy
 `finish`            string         "stop" or "length"
-`ref_logprobs`      list<float32>  of the reference policy, where rollout workers compute them
 `field/<name>`      of the task    the data set's own columns
 `reward/<name>`     float32        raw component value; null: no value
 `status/<name>`     string         "ok", "not_applicable", "error" or "timeout"
@@ -39,7 +38,6 @@ import pyarrow as pa
 
 OK, NOT_APPLICABLE, ERROR, TIMEOUT = "ok", "not_applicable", "error", "timeout"
 FIELD, REWARD, STATUS = "field/", "reward/", "status/"
-REF_LOGPROBS = "ref_logprobs"
 SUMMARY = ("sample_id", "prompt_id", "group", "finish")
 
 _ROLLOUT_TYPES = {
@@ -78,11 +76,6 @@ def summarize(shard: pa.Table) -> pa.Table:
     digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in completions]
     summary = summary.append_column("length", pa.array(list(map(len, completions)), type=pa.int32()))
     return summary.append_column("digest", pa.array([int.from_bytes(d, "little", signed=True) for d in digests]))
-
-
-def float_lists(rows: list[np.ndarray]) -> pa.Array:
-    """Numbers for each token of each row, as a column."""
-    return pa.array(rows, type=pa.list_(pa.float32()))
 
 
 def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:

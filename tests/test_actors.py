@@ -15,9 +15,8 @@ from rl_llm.config import ResourcesConfig
 from rl_llm.rewards import Scores
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run
-from rl_llm.runtime.cluster import answered
-from rl_llm.runtime.pool import Outcome, Request, RequestFailed
-from rl_llm.trainer.collector import Collector, _Batch
+from rl_llm.runtime.pool import Outcome, Pool, Request, RequestFailed
+from rl_llm.trainer.collector import Collector, Pending
 
 # Small shares of a CPU: the actors of a test fit into the tests' Ray whatever else is in it.
 SHARES = {"num_cpus_per_rollout_worker": 0.5, "num_cpus_per_reward_worker": 0.5, "num_cpus_per_learner": 0.5}
@@ -46,9 +45,9 @@ class Kill(Callback):
 
     def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
         if metrics["step"] == 1:
-            self.kill_on_request(trainer.crew.rollouts, "step-2/0", "step-2/2")
+            self.kill_on_request(trainer.workers.rollouts, "step-2/0", "step-2/2")
         elif metrics["step"] == 3:
-            os.kill(pid(trainer.crew.rollouts, 1), signal.SIGKILL)
+            os.kill(pid(trainer.workers.rollouts, 1), signal.SIGKILL)
             self.mark.touch()
 
     def kill_on_request(self, pool: Any, first: str, then: str) -> None:
@@ -65,15 +64,12 @@ class Kill(Callback):
         pool.submit = disturbed
 
     def on_end(self, trainer: Any, summary: dict[str, Any]) -> None:
-        self.counters = {pool.name: dict(pool.counters) for pool in (trainer.crew.rollouts, trainer.crew.rewards)}
+        self.counters = {pool.name: dict(pool.counters) for pool in (trainer.workers.rollouts, trainer.workers.rewards)}
 
 
-def pid(pool: Any, seat: int) -> int:
-    actor = pool._seats[seat].actor
-    while actor.where is None:  # still starting
-        answered([actor], 60.0)
-        pool._poll()
-    return int(actor.where.split()[1])
+def pid(pool: Pool, index: int) -> int:
+    pool.dispatcher.serve(lambda: pool.where(index) is not None)
+    return int(str(pool.where(index)).split()[1])
 
 
 def test_killed_actors_change_no_number(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:
@@ -128,32 +124,35 @@ class Sent(list):  # type: ignore[type-arg]
 
 def test_quick_components_share_a_request_until_one_is_lost() -> None:
     sent, names = Sent(), ["a", "b", "slow"]
-    collector = Collector(None, sent, dict.fromkeys(names, 60.0), ResourcesConfig())  # type: ignore[arg-type]
+    pools = dict.fromkeys(names, sent)
+    collector = Collector(None, pools, dict.fromkeys(names, 60.0), ResourcesConfig(), 1)  # type: ignore[arg-type]
     seconds = {"a": 0.1, "b": 0.1, "slow": 30.0}
     scores = {name: Scores([1.0], ["ok"], seconds[name], []) for name in names}
     summary = pa.table({"length": [1]})
 
-    def asked(batch: _Batch, outcome: Outcome | None = None) -> list[Any]:
-        """The requests that a rollout, or the outcome of the first request of all, leads to."""
+    def asked(pending: Pending, outcome: Outcome | None = None) -> list[Any]:
+        """The requests that a rollout, or the outcome of the last request but one, leads to."""
         before = len(sent)
         if outcome is None:
-            batch.take_rollout(Request(f"{batch.name}/0", "sample", (), 1.0), Outcome(summary, "shard"))
+            pending.take_rollout(0, Outcome(summary, "shard"))
         else:
-            batch.take_scores(sent[-2], outcome)
+            sent[-2].reply(outcome)
         return [request.args[0] for request in sent[before:]]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rl_llm.trainer.collector.share", lambda shard: shard)
-        first = _Batch(collector, "step-1", names)
-        assert asked(first) == names
-        for request in list(sent):
-            first.take_scores(request, Outcome(scores[request.args[0]]))
-        assert first.scores == {(0, name): scores[name] for name in names}
-        assert asked(_Batch(collector, "step-2", names)) == [["a", "b"], "slow"]
-        third = _Batch(collector, "step-3", names)
-        assert asked(third) == [["a", "b"], "slow"]
-        assert asked(third, Outcome(error=RequestFailed("timeout", "too slow"))) == ["a", "b"]
-        assert asked(_Batch(collector, "step-4", names)) == names
+    def batch(name: str) -> Pending:
+        return Pending(collector, name, names, 1)
+
+    first = batch("step-1")
+    assert asked(first) == names
+    for request in list(sent):
+        request.reply(Outcome(scores[request.args[0]]))
+    assert first.done
+    assert first.scores == {(0, name): scores[name] for name in names}
+    assert asked(batch("step-2")) == [["a", "b"], "slow"]
+    third = batch("step-3")
+    assert asked(third) == [["a", "b"], "slow"]
+    assert asked(third, Outcome(error=RequestFailed("timeout", "too slow"))) == ["a", "b"]
+    assert asked(batch("step-4")) == names
 
 
 def test_async_reward_is_cancelled_and_its_worker_lives(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:

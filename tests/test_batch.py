@@ -29,6 +29,7 @@ from rl_llm.config import PolicyConfig
 from rl_llm.learner.batch import Batch, make_batch
 from rl_llm.learner.learner import Learner
 from rl_llm.policies import CausalLM
+from rl_llm.policies.packing import pack
 from rl_llm.table import ragged
 
 TOGETHER = sorted(name for name, algorithm in PRESETS.items() if algorithm.kl_placement == "loss")
@@ -66,7 +67,7 @@ def test_old_log_probs_stay_those_before_the_first_update(
     assert all(torch.equal(old, seen[0]) for old in seen)
     batch = packed(shard)
     with torch.no_grad():
-        first = policy.logprobs(batch, TEMPERATURE)
+        first = policy.forward(batch, TEMPERATURE).logprobs
     torch.testing.assert_close(seen[0][batch.rows], first, atol=1e-5, rtol=0)
     assert 0 < metrics["clip_fraction"] < 1
 
@@ -112,7 +113,7 @@ def test_ratio_makes_up_for_the_updates_before(tiny_run: Tiny, shard: pa.Table) 
         with torch.no_grad():
             for name, p in policy.trainable.items():
                 p.copy_(state[name])
-        return policy.logprobs(batch, TEMPERATURE)
+        return policy.forward(batch, TEMPERATURE).logprobs
 
     old = logprobs(weights).detach()
     advantage = torch.from_numpy(columns(shard)["advantage"].to_numpy().copy())[batch.rows, None]
@@ -127,12 +128,12 @@ def test_ratio_makes_up_for_the_updates_before(tiny_run: Tiny, shard: pa.Table) 
 
 def laid_out(tiny_run: Tiny, shard: pa.Table, rank: int = 0, learners: int = 1, step: int = 0, **learner: int) -> Batch:
     table = shard.append_column("advantage", columns(shard)["advantage"])
-    return make_batch(table, "advantage", tiny_run.config(learner=learner), step, rank, learners)
+    return make_batch(table, tiny_run.config(learner=learner), step, pack, rank, learners)
 
 
 def rows_of(batch: Batch) -> list[list[int]]:
     """Rows by minibatch, sorted."""
-    return [sorted(row for part in m.parts for row in part.rows.tolist()) for m in batch.minibatches]
+    return [sorted(row for part in m.microbatches for row in part.rows.tolist()) for m in batch.minibatches]
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 4096])
@@ -188,7 +189,8 @@ def test_learners_share_the_rows_evenly(tiny_run: Tiny, shard: pa.Table, learner
         assert {batch.minibatches[number].divisor for batch in batches} == {alone.minibatches[number].divisor}
         # Tokens that are read, prompts too: no one has more than another by over one packed group.
         read = [
-            [int((ids >= 0).sum()) for part in b.minibatches[number].parts for ids in part.segments] for b in batches
+            [int((ids >= 0).sum()) for part in b.minibatches[number].microbatches for ids in part.segments]
+            for b in batches
         ]
         load = [sum(sizes) for sizes in read]
         assert max(load) - min(load) <= max(max(sizes, default=0) for sizes in read)
@@ -202,7 +204,7 @@ def test_learners_cut_no_group_where_each_can_have_whole_ones(tiny_run: Tiny, sh
     batches = [laid_out(tiny_run, long, rank, 3) for rank in range(3)]
 
     def read(batch: Batch) -> int:
-        return sum(int((part.segments >= 0).sum()) for part in batch.parts())
+        return sum(int((part.segments >= 0).sum()) for part in batch.microbatches())
 
     assert sum(map(read, batches)) == read(alone)
     # Also where each update has as many groups as there are learners.
@@ -218,8 +220,8 @@ def test_learners_make_up_the_gradient_of_one(tiny_run: Tiny, shard: pa.Table) -
     alone, _ = spied(tiny_run, shard, away=1.0, learner=PLAIN)
     for rank in range(3):
         batch = laid_out(tiny_run, shard, rank, 3)
-        batch.tokens["advantages"] = batch.weights.float()[:, None].expand(batch.mask.shape)
-        for part in batch.parts():
+        batch.tokens["advantages"] = batch.advantages.float()[:, None].expand(batch.mask.shape)
+        for part in batch.microbatches():
             learner.objective.loss(batch, part, batch.minibatches[0].divisor).backward()
     found = gradients_of(learner.learning)
     assert distance(found, alone) < 1e-5

@@ -8,12 +8,11 @@ import pytest
 import tiny
 from conftest import Tiny
 
-from rl_llm.errors import RunFailed
+from rl_llm.errors import Interrupted, RunFailed
 from rl_llm.runs import checkpoint
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run
 from rl_llm.trainer.evaluation import Utility
-from rl_llm.trainer.trainer import Interrupted
 
 
 class RaiseAt(Callback):

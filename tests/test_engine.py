@@ -15,8 +15,7 @@ from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
 from rl_llm.launch.preflight import make_plan
 from rl_llm.policies import CausalLM
-from rl_llm.policies.decoding import generate
-from rl_llm.policies.packing import make_groups, pack
+from rl_llm.policies.packing import make_rows, pack
 from rl_llm.policies.sampling import SamplingParams, draw, uniforms
 from rl_llm.table import ragged
 
@@ -37,7 +36,7 @@ def wild(tiny_run: Tiny) -> CausalLM:
 def sample(policy: CausalLM, params: SamplingParams, texts: list[str] = PROMPTS, first: int = 0) -> pa.Table:
     count = len(texts) * params.samples_per_prompt
     groups = np.repeat(np.arange(len(texts)), params.samples_per_prompt)
-    return generate(policy, tiny.prompt_table(policy, texts), first + np.arange(count), groups, params, version=0)
+    return tiny.generate(policy, tiny.prompt_table(policy, texts), first + np.arange(count), groups, params)
 
 
 def exact(lm: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray, temperature: float) -> np.ndarray:
@@ -62,7 +61,7 @@ def test_logprobs_are_those_of_a_plain_forward(
     for prompt, completion, logprobs in zip(
         *(ragged(shard[name]) for name in ("prompt_ids", "completion_ids", "logprobs")), strict=True
     ):
-        np.testing.assert_allclose(logprobs, exact(policy.lm, prompt, completion, temperature or 1.0), atol=1e-4)
+        np.testing.assert_allclose(logprobs, exact(policy.unwrapped, prompt, completion, temperature or 1.0), atol=1e-4)
         lengths.add(len(completion))
     assert len(lengths) > 1  # rows that end early leave the batch: both sides of that are covered
 
@@ -93,9 +92,9 @@ def test_engine_and_learner_agree_with_a_plain_forward_on_every_architecture(
     for temperature, count in ((0.0, 1), (0.7, 3)):
         shard = sample(acting, tiny.greedy(samples_per_prompt=count, temperature=temperature))
         prompts, completions, engine = (ragged(shard[name]) for name in ("prompt_ids", "completion_ids", "logprobs"))
-        batch = pack(make_groups(shard["group"].to_pylist(), prompts, completions, 1000))
+        batch = pack(make_rows(shard["group"].to_pylist(), prompts, completions, 1000))
         with torch.no_grad():
-            learner = acting.logprobs(batch, temperature or 1.0).numpy()
+            learner = acting.forward(batch, temperature or 1.0).logprobs.numpy()
         for at, row in enumerate(batch.rows.tolist()):
             plain = exact(eager, prompts[row], completions[row], temperature or 1.0)
             np.testing.assert_allclose(engine[row], plain, atol=1e-4)
@@ -137,7 +136,7 @@ def test_attention_that_is_not_the_common_one_is_refused_instead_of_being_wrong(
 
 def test_greedy_completions_are_those_of_transformers_generate(policy: CausalLM, wild: CausalLM) -> None:
     for acting in (policy, wild):
-        model = AutoModelForCausalLM.from_pretrained(acting.lm.name_or_path, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(acting.unwrapped.name_or_path, dtype=torch.float32).eval()
         tokenizer = acting.tokenizer
         tokenizer.padding_side = "left"
         batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)

@@ -14,7 +14,7 @@ from rl_llm.config import PolicyConfig
 from rl_llm.policies import CausalLM, attention, logprobs
 from rl_llm.policies.cache import GroupCache
 from rl_llm.policies.logprobs import chosen_logprobs
-from rl_llm.policies.packing import GroupBatch, make_groups, pack
+from rl_llm.policies.packing import GroupBatch, make_rows, pack
 
 COUNT, WIDTH, VOCAB = 23, 16, 300
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -113,11 +113,11 @@ def test_attention_by_blocks_is_attention_under_the_mask(
     lengths = (3, 1, 7, 2, 2, 5, 1)
     completions = [rng.integers(0, 200, length) for length in lengths]
     groups = [0, 0, 0, 1, 1, 2, 2]
-    batch = pack(make_groups(groups, [prompts[g] for g in groups], completions, budget=1000))
+    batch = pack(make_rows(groups, [prompts[g] for g in groups], completions, budget=1000))
     assert (batch.segments < 0).any()
     results = []
     for _ in range(2):
-        logprobs = policy.logprobs(batch, 1.0)
+        logprobs = policy.forward(batch, 1.0).logprobs
         loss = (logprobs * torch.linspace(-1, 1, len(lengths))[:, None]).sum()
         results.append((logprobs, *torch.autograd.grad(loss, list(policy.trainable.values()))))
         monkeypatch.setattr(attention, "_attend_blocks", under_the_mask(batch))
@@ -127,11 +127,11 @@ def test_attention_by_blocks_is_attention_under_the_mask(
 
 def test_dropout_of_attention_acts_also_by_blocks(tiny_run: Tiny) -> None:
     policy = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32"))
-    batch = pack(make_groups([0, 0], [np.arange(5)] * 2, [np.arange(3), np.arange(4)], budget=1000))
-    plain = policy.logprobs(batch, 1.0)
+    batch = pack(make_rows([0, 0], [np.arange(5)] * 2, [np.arange(3), np.arange(4)], budget=1000))
+    plain = policy.forward(batch, 1.0).logprobs
     with policy.training(dropout=0.5):
-        assert not torch.equal(policy.logprobs(batch, 1.0), plain)
-    assert torch.equal(policy.logprobs(batch, 1.0), plain)
+        assert not torch.equal(policy.forward(batch, 1.0).logprobs, plain)
+    assert torch.equal(policy.forward(batch, 1.0).logprobs, plain)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_head_of_every_architecture_learns_as_in_a_plain_forward(
         tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings), PolicyConfig(precision="fp32")
     )
     prompt, completion = np.array([5, 9, 11]), np.array([21, 3, 40, 8])
-    out = policy.forward(pack(make_groups([0], [prompt], [completion], 100)), temperature=0.7, entropy=True)
+    out = policy.forward(pack(make_rows([0], [prompt], [completion], 100)), temperature=0.7, entropy=True)
     ids = torch.tensor(np.concatenate([prompt, completion]))
-    logp = (policy.lm(input_ids=ids[None]).logits[0, 2:-1] / 0.7).log_softmax(dim=1)
+    logp = (policy.unwrapped(input_ids=ids[None]).logits[0, 2:-1] / 0.7).log_softmax(dim=1)
     chosen, entropy = logp.gather(1, ids[3:, None]).squeeze(1), -(logp.exp() * logp).sum(dim=1)
-    weight = policy.lm.get_output_embeddings().weight
+    weight = policy.unwrapped.get_output_embeddings().weight
     found, expected = (
         torch.autograd.grad((a * torch.arange(4)).sum() + b.sum(), weight)[0]
         for a, b in ((out.logprobs[0], out.entropy[0]), (chosen, entropy))
@@ -202,12 +202,12 @@ def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(rows: list[int])
 def test_weights_cast_once_for_several_forwards_have_the_same_gradients(tiny_run: Tiny) -> None:
     policy = CausalLM(tiny_run.policy, PolicyConfig(precision="bf16"))
     ids = np.random.default_rng(0).integers(0, 200, (4, 6))
-    groups = make_groups([0, 0, 1, 1], [np.arange(5)] * 4, list(ids), budget=1000)
+    groups = make_rows([0, 0, 1, 1], [np.arange(5)] * 4, list(ids), budget=1000)
 
     def gradients(context: Any) -> list[torch.Tensor]:
         with context:
             for group in groups:
-                policy.logprobs(pack([group]), 1.0).sum().backward()
+                policy.forward(pack([group]), 1.0).logprobs.sum().backward()
         found = [p.grad for p in policy.trainable.values() if p.grad is not None]
         for p in policy.trainable.values():
             p.grad = None

@@ -10,18 +10,16 @@ import pytest
 import tiny
 import torch
 from conftest import Tiny
-from updates import Spy
+from updates import Spy, update
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
 from rl_llm.launch.warm_start import base_path
 from rl_llm.learner.learner import Learner
-from rl_llm.learner.supervised import DRAWS
 from rl_llm.policies import CausalLM
-from rl_llm.policies.decoding import generate
-from rl_llm.policies.packing import make_groups, microbatches, pack
+from rl_llm.policies.packing import make_rows, microbatches, pack
+from rl_llm.runtime.weights import unflatten
 from rl_llm.tasks import load_task
-from rl_llm.trainer.evaluation import EVALUATION_IDS
 
 TEXTS = ["red", "3 please blue", "17 there again now green", "gold gold gold gold gold gold gold"]
 SAMPLES = 5
@@ -38,7 +36,7 @@ def shard(policy: CausalLM) -> pa.Table:
     count = len(TEXTS) * SAMPLES
     params = tiny.greedy(samples_per_prompt=SAMPLES, temperature=0.9)
     groups = np.repeat(np.arange(len(TEXTS)), SAMPLES)
-    return generate(policy, tiny.prompt_table(policy, TEXTS), np.arange(count), groups, params, version=0)
+    return tiny.generate(policy, tiny.prompt_table(policy, TEXTS), np.arange(count), groups, params)
 
 
 def columns(shard: pa.Table, missing: list[int] | None = None) -> pa.Table:
@@ -59,7 +57,7 @@ def gradients(
             for p in learner.policy.trainable.values():
                 p.mul_(1.05)
     given = [columns(shard, missing) for shard in shards]
-    metrics = learner.update(pa.concat_tables(given), 0, None, *shards)
+    metrics = update(learner, pa.concat_tables(given), 0, *shards)
     return learner.gradients, metrics
 
 
@@ -114,7 +112,7 @@ def reference_gradients(tiny_run: Tiny, shard: pa.Table) -> dict[str, torch.Tens
     loss = torch.zeros(())
     for row in table.select(["prompt_ids", "completion_ids", "advantage", "temperature"]).to_pylist():
         ids = torch.tensor(row["prompt_ids"] + row["completion_ids"])
-        logits = policy.lm(input_ids=ids[None]).logits[0, len(row["prompt_ids"]) - 1 : -1] / row["temperature"]
+        logits = policy.unwrapped(input_ids=ids[None]).logits[0, len(row["prompt_ids"]) - 1 : -1] / row["temperature"]
         chosen = logits.log_softmax(dim=1).gather(1, ids[len(row["prompt_ids"]) :, None])
         loss = loss - row["advantage"] * chosen.mean() / table.num_rows
     loss.backward()
@@ -131,18 +129,18 @@ def test_gradient_is_that_of_the_formula_over_samples_alone(tiny_run: Tiny, shar
 def test_packed_logprobs_are_those_of_each_sample_alone(policy: CausalLM, shard: pa.Table, temperature: float) -> None:
     prompts = [np.array(ids) for ids in shard["prompt_ids"].to_pylist()]
     completions = [np.array(ids) for ids in shard["completion_ids"].to_pylist()]
-    parts = microbatches(make_groups(shard["group"].to_pylist(), prompts, completions, 60), 60)
+    parts = microbatches(make_rows(shard["group"].to_pylist(), prompts, completions, 60), 60)
     assert len(parts) > 1
     seen = []
     for part in parts:
         batch = pack(part)
         with torch.no_grad():
-            packed = policy.logprobs(batch, temperature)
+            packed = policy.forward(batch, temperature).logprobs
         for at, row in enumerate(batch.rows.tolist()):
             seen.append(row)
             ids = torch.tensor(np.concatenate([prompts[row], completions[row]]))
             with torch.no_grad():
-                logits = policy.lm(input_ids=ids[None]).logits[0, len(prompts[row]) - 1 : -1] / temperature
+                logits = policy.unwrapped(input_ids=ids[None]).logits[0, len(prompts[row]) - 1 : -1] / temperature
             alone = logits.log_softmax(dim=1).gather(1, ids[len(prompts[row]) :, None]).squeeze(1)
             torch.testing.assert_close(packed[at, : len(alone)], alone, atol=1e-5, rtol=0)
             assert not packed[at, len(alone) :].any()
@@ -160,8 +158,8 @@ def test_dropout_of_the_model_itself_has_no_part_in_an_update(
     folder = tiny.build_architecture(kind, tmp_path, tiny_run.policy, **settings)
     learner = Spy(tiny_run.config(policy={"gradient_checkpointing": checkpointing}), str(folder))
     prompts = tiny.prompt_table(learner.policy, ["red", "red"])
-    shard = generate(learner.policy, prompts, np.arange(2), np.arange(2), tiny.greedy(temperature=1.0), version=0)
-    assert learner.update(columns(shard), 0, None, shard)["mismatch/max"] < 1e-4
+    shard = tiny.generate(learner.policy, prompts, np.arange(2), np.arange(2), tiny.greedy(temperature=1.0))
+    assert update(learner, columns(shard), 0, shard)["mismatch/max"] < 1e-4
 
 
 def test_rollout_table_appears_whole_or_not_at_all(
@@ -175,9 +173,9 @@ def test_rollout_table_appears_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", broken)
         with pytest.raises(OSError, match="No space"):
-            learner.update(columns(shard), 0, str(tmp_path / "step-000001.parquet"), shard)
+            learner.update(columns(shard), 0, 1e-3, str(tmp_path / "step-000001.parquet"), shard)
     assert list(tmp_path.glob("step-*")) == []
-    learner.update(columns(shard), 0, str(tmp_path / "step-000001.parquet"), shard)
+    learner.update(columns(shard), 0, 1e-3, str(tmp_path / "step-000001.parquet"), shard)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001.parquet"]
     assert pq.read_table(tmp_path / "step-000001.parquet").num_rows == shard.num_rows
 
@@ -193,20 +191,15 @@ def test_warm_start_cache_follows_the_files_of_the_model(tiny_run: Tiny, tmp_pat
     assert base_path(config, task) != before
 
 
-def test_supervised_draws_have_keys_of_their_own() -> None:
-    most_samples = 10**6 * 10**6 * 10**3  # steps, prompts a step, samples a prompt
-    assert most_samples < DRAWS < DRAWS + 1 < EVALUATION_IDS
-
-
 def test_kl_is_zero_at_the_start_and_its_gradient_holds_the_policy_back(tiny_run: Tiny, shard: pa.Table) -> None:
     learner = Learner(tiny_run.config(algorithm={"kl": {"coef": 0.1}}), str(tiny_run.policy))
-    first = learner.update(columns(shard), 0, None, shard)
-    second = learner.update(columns(shard), 1, None, shard)
+    first = update(learner, columns(shard), 0, shard)
+    second = update(learner, columns(shard), 1, shard)
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert second["kl"] > 1e-3
     # With nothing but the KL to follow, the policy goes back to where it came from.
     none = columns(shard).set_column(1, "advantage", pa.array(np.zeros(shard.num_rows, dtype=np.float32)))
-    kls = [learner.update(none, step, None, shard)["kl"] for step in range(2, 30)]
+    kls = [update(learner, none, step, shard)["kl"] for step in range(2, 30)]
     assert kls[-1] < 0.1 * kls[0]
 
 
@@ -227,16 +220,16 @@ def test_update_that_is_not_finite_is_skipped_and_counted(tiny_run: Tiny, shard:
     clean = Learner(tiny_run.config(learner={"lr": 1e-2, "max_bad_steps": 2}), str(tiny_run.policy))
     for step in range(2):  # a good update in between: the count in a row starts anew
         before = snapshot(learner)
-        assert learner.update(poison(shard), step, None, shard)["bad_steps"] == step + 1
+        assert update(learner, poison(shard), step, shard)["bad_steps"] == step + 1
         assert same(snapshot(learner), before)
-        assert learner.update(columns(shard), step, None, shard)["bad_steps"] == step + 1
-        clean.update(columns(shard), step, None, shard)
+        assert update(learner, columns(shard), step, shard)["bad_steps"] == step + 1
+        update(clean, columns(shard), step, shard)
     assert same(snapshot(learner), snapshot(clean))  # the optimiser's moments were left alone too
 
-    learner.update(poison(shard), 2, None, shard)
+    update(learner, poison(shard), 2, shard)
     before = snapshot(learner)
     with pytest.raises(RunFailed, match=r"step 4: loss nan .* not finite for 2 updates in a row"):
-        learner.update(poison(shard), 3, None, shard)
+        update(learner, poison(shard), 3, shard)
     assert same(snapshot(learner), before)
 
 
@@ -248,31 +241,33 @@ def test_saved_state_goes_on_as_if_nothing_had_been(
     policy = {"trainable": trainable, "last_layers": 1}
     config = tiny_run.config(learner={"lr": 1e-2, **optimizer}, policy=policy)
     learner = Learner(config, str(tiny_run.policy))
-    learner.update(columns(shard), 0, None, shard)
-    learner.update(poison(shard), 1, None, shard)
-    learner.save_state(str(tmp_path))
+    update(learner, columns(shard), 0, shard)
+    update(learner, poison(shard), 1, shard)
+    learner.save(tmp_path)
     restored = Learner(config, str(tiny_run.policy))
-    restored.load_state(str(tmp_path))
+    restored.load(tmp_path)
     for step in (2, 3):
-        expected = learner.update(columns(shard), step, None, shard)
-        assert restored.update(columns(shard), step, None, shard) == expected
+        expected = update(learner, columns(shard), step, shard)
+        assert update(restored, columns(shard), step, shard) == expected
     assert same(snapshot(restored), snapshot(learner))
 
 
 def test_weights_travel_to_a_replica_and_back_through_a_file(tiny_run: Tiny, shard: pa.Table, tmp_path: Path) -> None:
     learner = Learner(tiny_run.config(), str(tiny_run.policy))
-    learner.update(columns(shard), 0, None, shard)
+    update(learner, columns(shard), 0, shard)
     replica = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32"))
-    _, flat = learner.weights()
+    manifest, flat = learner.weights()
     assert flat.dtype == np.uint8
-    replica.load_weights(flat)
+    replica.load_named(unflatten(manifest, flat))
     assert same({**replica.trainable}, snapshot(learner))
-    with pytest.raises(ValueError, match="do not fit"):
-        replica.load_weights(flat[:-4])
-    learner.save_weights(str(tmp_path / "weights.safetensors"))
+    with pytest.raises(ValueError, match="end within"):
+        replica.load_named(unflatten(manifest, flat[:-4]))
+    with pytest.raises(ValueError, match="fits none that trains here"):
+        replica.load_named([("lm_head.other", torch.zeros(3))])
+    learner.save_weights(tmp_path / "weights.safetensors")
     trained = snapshot(learner)
-    learner.update(columns(shard), 1, None, shard)
-    learner.load_weights(str(tmp_path / "weights.safetensors"))
+    update(learner, columns(shard), 1, shard)
+    learner.load_weights(tmp_path / "weights.safetensors")
     assert same(snapshot(learner), trained)
 
 
@@ -282,4 +277,4 @@ def test_adapters_of_two_processes_start_alike(tiny_run: Tiny) -> None:
     state = torch.get_rng_state()
     second = CausalLM(tiny_run.policy, PolicyConfig(trainable="lora"))
     assert torch.equal(torch.get_rng_state(), state)
-    np.testing.assert_array_equal(first.export_weights(), second.export_weights())
+    assert torch.equal(tiny.flat(first), tiny.flat(second))

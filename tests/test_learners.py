@@ -87,10 +87,10 @@ def test_learner_that_dies_ends_the_run_instead_of_leaving_the_others_waiting(
     class Kill(Callback):
         def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
             if metrics["step"] == 2:
-                trainer.crew.learner._pools[1]._seats[0].actor.kill()
+                trainer.learner.kill(rank=1)
 
     config = tiny_run.config(resources={"num_learners": 2, **SHARE})
-    with pytest.raises(RunFailed, match="learner-1"):
+    with pytest.raises(RunFailed, match="rank 1"):
         tiny.train(config, tmp_path / "run", Kill())
     assert np.isin([1, 2], Run(tmp_path / "run").metrics["step"]).all()
 

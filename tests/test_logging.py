@@ -181,7 +181,7 @@ def test_a_sparkline_spans_its_values() -> None:
 
 
 def test_samples_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().evaluation(evaluation(3, "tune", "validation", ["chrf"], 0.5, "\x1b[2Jhi\r[bold]x[/bold]\n"))
+    Console().on_evaluation(None, evaluation(3, "tune", "validation", ["chrf"], 0.5, "\x1b[2Jhi\r[bold]x[/bold]\n"))
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\r" not in shown
@@ -218,9 +218,11 @@ def test_a_debugger_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_live_console_shows_progress_and_metrics_and_closes_twice() -> None:
     output = terminal(force_terminal=True)
     console = LiveConsole(output)
-    console.start(["the [plan]"], steps=100, done=10)
-    console.step(METRICS | {"failures/chrf": 2})
-    console.evaluation(evaluation(12, "tune", "validation", ["chrf"], 0.5, "[red]a sample"))
+    trainer = SimpleNamespace(config=make_config({"chrf": 1.0}, ("trainer.steps=100",)), steps_done=10)
+    console.on_message("the [plan]")
+    console.on_start(trainer)
+    console.on_step(trainer, METRICS | {"failures/chrf": 2})
+    console.on_evaluation(trainer, evaluation(12, "tune", "validation", ["chrf"], 0.5, "[red]a sample"))
     console.close()
     console.close()
     shown = output.file.getvalue()  # type: ignore[attr-defined]

@@ -19,12 +19,11 @@ from rl_llm.config import PolicyConfig
 from rl_llm.errors import RunFailed
 from rl_llm.learner.learner import Learner
 from rl_llm.policies import CausalLM
-from rl_llm.policies.decoding import generate
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.run import Run
 from rl_llm.tasks import load_task
-from rl_llm.trainer.trainer import draw_prompts
+from rl_llm.tasks.source import PromptSource
 
 Reward = Callable[..., list[Any]]
 
@@ -39,7 +38,7 @@ def components(**specs: Any) -> dict[str, Any]:
 
 def learner_of(trainer: Any) -> Learner:
     """The learner of a run in this process."""
-    return trainer.crew.learner._pools[0].factory.cls()
+    return trainer.workers.here
 
 
 # What a run leaves.
@@ -89,11 +88,14 @@ def test_every_step_measures_how_far_engine_and_trainer_are_apart(tiny_run: Tiny
 
 def test_steps_walk_through_all_prompts_before_any_comes_again(tiny_run: Tiny) -> None:
     train = tiny.prompt_table(CausalLM(tiny_run.policy, PolicyConfig()), [str(i) for i in range(10)])
-    seen = [i for step in range(10) for i in draw_prompts(train, 4 * step, 4, seed=3)["prompt_id"].to_pylist()]
+    source, other = PromptSource(train, seed=3), PromptSource(train, seed=4)
+    seen = [i for _ in range(10) for i in source.take(4)["prompt_id"].to_pylist()]
     epochs = [seen[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert draw_prompts(train, 28, 4, seed=4)["prompt_id"].to_pylist() != seen[28:32]
+    source.position = other.position = 28
+    assert source.take(4)["prompt_id"].to_pylist() == seen[28:32]
+    assert other.take(4)["prompt_id"].to_pylist() != seen[28:32]
 
 
 def test_seed_decides_the_run(tiny_run: Tiny, tmp_path: Path) -> None:
@@ -117,15 +119,14 @@ def test_constant_reward_changes_nothing(tiny_run: Tiny, tmp_path: Path, algorit
 
 @pytest.mark.parametrize("trainable", ["all", "last_layers", "lora"])
 def test_saved_model_is_the_policy_and_what_is_frozen_stays(tiny_run: Tiny, tmp_path: Path, trainable: str) -> None:
+    functions, count = worsening(best=3)  # whatever the policy does, the third is the best
     config = tiny_run.config(
         policy={"trainable": trainable, "last_layers": 1, "lora": {"r": 4, "alpha": 16}},
         learner={"lr": 3e-2},
-        evaluation={"patience": None, "every": 3},
-        # Tokens that take turns are what a run of `longest` comes to; the base policy does not.
-        rewards={"components": {"longest": {"use": "length", "args": {"unit": "tokens"}}}, "weights": {"longest": 1}},
+        evaluation={"metrics": {"quality": {"use": "function:quality"}}, "utility": {"quality": 1.0}, "every": 3},
         trainer={"steps": 3},
     )
-    run = tiny.train(config, tmp_path / "run")
+    run = tiny.train(config, tmp_path / "run", count, functions=functions)
     assert run.summary["best_step"] == 3
 
     found, base = tiny.weights(run.model), tiny.weights(tiny_run.policy)
@@ -180,6 +181,7 @@ def test_each_kind_of_failure_has_its_own_outcome(tiny_run: Tiny, tmp_path: Path
                 short={"max_failure_rate": 1},
             )
         },
+        rollout={"prompts_per_step": 12},  # every colour comes up
         trainer={"steps": 2},
     )
     run = tiny.train(config, tmp_path / "run", functions=BAD)
@@ -338,7 +340,7 @@ def test_policy_that_gives_no_finite_loss_ends_the_run(tiny_run: Tiny, tmp_path:
                 learner = learner_of(trainer)
                 loss = learner.objective.loss
                 learner.objective.loss = lambda *args: loss(*args) * math.nan
-                self.policy, self.before = learner.policy, learner.policy.export_weights()
+                self.policy, self.before = learner.policy, tiny.flat(learner.policy)
 
     ruin = Ruin()
     config = tiny_run.config(learner={"max_bad_steps": 3}, evaluation={"every": 10})
@@ -348,7 +350,7 @@ def test_policy_that_gives_no_finite_loss_ends_the_run(tiny_run: Tiny, tmp_path:
     assert run.metrics["bad_steps"].tolist() == [0, 0, 1, 2]
     assert "not finite for 3 updates in a row" in run.summary["reason"]
     assert "not finite for 3 updates in a row" in (run.path / "report.html").read_text()
-    np.testing.assert_array_equal(ruin.policy.export_weights(), ruin.before)
+    assert torch.equal(tiny.flat(ruin.policy), ruin.before)
 
 
 def worsening(best: int) -> tuple[dict[str, Reward], Callback]:
@@ -376,23 +378,23 @@ def watched(tiny_run: Tiny, **evaluation: Any) -> Any:
 
 def test_run_without_progress_stops_and_keeps_the_best_policy(tiny_run: Tiny, tmp_path: Path) -> None:
     functions, count = worsening(best=4)
-    saved: dict[int, np.ndarray] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     class Keep(Callback):
         def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
-            saved[metrics["step"]] = learner_of(trainer).policy.export_weights()
+            saved[metrics["step"]] = tiny.flat(learner_of(trainer).policy)
 
     run = tiny.train(watched(tiny_run, patience=2), tmp_path / "run", count, Keep(), functions=functions)
 
     assert run.status == "stopped_early"
     assert run.summary["reason"] == "no better utility in 2 validations"
     assert (run.summary["best_step"], len(run.metrics)) == (4, 8)
-    np.testing.assert_array_equal(CausalLM(run.model, PolicyConfig()).export_weights(), saved[4])
-    assert not np.array_equal(saved[4], saved[8])
-    greedy = generate(
+    assert torch.equal(tiny.flat(CausalLM(run.model, PolicyConfig())), saved[4])
+    assert not torch.equal(saved[4], saved[8])
+    greedy = tiny.generate(
         CausalLM(run.model, PolicyConfig(precision="fp32")),
         tiny.prompt_table(CausalLM(run.model, PolicyConfig()), [s["prompt"] for s in run.evaluations[-1]["samples"]]),
-        np.arange(2), np.arange(2), tiny.greedy(5), version=0,
+        np.arange(2), np.arange(2), tiny.greedy(5),
     )  # fmt: skip
     assert greedy["completion"].to_pylist() == [s["completion"] for s in run.evaluations[-1]["samples"]]
 

@@ -8,7 +8,7 @@ import pytest
 from rl_llm.algorithms import advantages
 from rl_llm.config import Ramp, RewardsConfig
 from rl_llm.errors import UserError
-from rl_llm.rewards import Mixture
+from rl_llm.mixture import Mixture
 
 NAN = np.nan
 ESTIMATORS = [advantages.grpo, advantages.dr_grpo, advantages.rloo]

@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rl_llm.config import PolicyConfig, RunConfig, ScratchConfig, WarmStartConfig, build_config
 from rl_llm.launch.training import run_training
 from rl_llm.learner.supervised import encode_examples, train_supervised
-from rl_llm.policies import CausalLM
+from rl_llm.policies import CausalLM, Policy, SamplingParams
 from rl_llm.policies.scratch import build_scratch
-from rl_llm.rollout import SamplingParams
+from rl_llm.rollout import LocalEngine, RolloutRequest, sample_shard
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.console import Console
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.run import Run
+from rl_llm.runtime.weights import InPlace, Weights
 
 COLOURS = ("red", "blue", "green", "gold")
 NOISE = ("now", "then", "here", "there", "again", "please")
@@ -132,6 +133,19 @@ def prompt_table(policy: CausalLM, texts: Sequence[str]) -> pa.Table:
             "prompt_ids": pa.array(ids, pa.list_(pa.int32())),
         }
     )
+
+
+def generate(
+    policy: Policy, prompts: pa.Table, sample_ids: np.ndarray, groups: np.ndarray, params: SamplingParams
+) -> pa.Table:
+    """A shard of the rollout table, sampled by a policy as it is."""
+    request = RolloutRequest(prompts, sample_ids, groups, params, Weights(number=0, step=0))
+    return sample_shard(LocalEngine(policy, InPlace()), request)
+
+
+def flat(policy: Policy) -> torch.Tensor:
+    """The trainable weights as one tensor."""
+    return torch.cat([weight.flatten().clone() for weight in policy.named_weights().values()])
 
 
 # Comparing runs.

@@ -10,8 +10,7 @@ from conftest import Tiny
 
 from rl_llm.learner.learner import Learner
 from rl_llm.policies import CausalLM
-from rl_llm.policies.decoding import generate
-from rl_llm.policies.packing import GroupBatch, make_groups, pack
+from rl_llm.policies.packing import GroupBatch, make_rows, pack
 from rl_llm.table import ragged
 
 TEXTS = ["red", "3 please blue", "17 there again now green", "gold gold gold gold gold", "5 then red", "here blue"]
@@ -26,13 +25,13 @@ def make_shard(policy: CausalLM) -> pa.Table:
     """Six groups of four samples; prompts and completions differ in length."""
     groups = np.repeat(np.arange(len(TEXTS)), SAMPLES)
     params = tiny.greedy(samples_per_prompt=SAMPLES, temperature=TEMPERATURE)
-    return generate(policy, tiny.prompt_table(policy, TEXTS), np.arange(COUNT), groups, params, version=0)
+    return tiny.generate(policy, tiny.prompt_table(policy, TEXTS), np.arange(COUNT), groups, params)
 
 
 def packed(shard: pa.Table) -> GroupBatch:
     """All samples as one batch."""
     completions = ragged(shard["completion_ids"])
-    return pack(make_groups(shard["group"].to_pylist(), ragged(shard["prompt_ids"]), completions, 10**6))
+    return pack(make_rows(shard["group"].to_pylist(), ragged(shard["prompt_ids"]), completions, 10**6))
 
 
 def columns(shard: pa.Table, values: np.ndarray | None = None) -> pa.Table:
@@ -44,8 +43,12 @@ def columns(shard: pa.Table, values: np.ndarray | None = None) -> pa.Table:
     return pa.table({"reward": column, "advantage": column, "outcome": column, "trained": trained})
 
 
+def update(learner: Learner, columns: pa.Table, step: int, *shards: pa.Table) -> dict[str, float]:
+    return learner.update(columns, step, learner.config.learner.lr, None, *shards)
+
+
 def train(learner: Learner, shard: pa.Table, step: int = 0, values: np.ndarray | None = None) -> dict[str, float]:
-    return learner.update(columns(shard, values), step, None, shard)
+    return update(learner, columns(shard, values), step, shard)
 
 
 def replace(shard: pa.Table, name: str, rows: list[np.ndarray]) -> pa.Table:
@@ -76,7 +79,7 @@ def moved(learner: Learner, factor: float = 1.05) -> Learner:
 def spied(tiny_run: Tiny, *shards: pa.Table, away: float = 1.05, **sections: Any) -> tuple[dict, dict]:
     """Gradients and metrics of one update by a learner that is `away` from the base policy."""
     learner = moved(Spy(tiny_run.config(**sections), str(tiny_run.policy)), away)
-    metrics = learner.update(pa.concat_tables(columns(shard) for shard in shards), 0, None, *shards)
+    metrics = update(learner, pa.concat_tables(columns(shard) for shard in shards), 0, *shards)
     return learner.gradients, metrics
 
 

@@ -6,7 +6,7 @@ A run is described by a YAML file (or a packaged recipe) and dotted overrides su
 
 import importlib.resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -19,7 +19,7 @@ from rl_llm.config.algorithm import (
     ReferenceConfig,
     ValueConfig,
 )
-from rl_llm.config.base import Ramp, Scheduled, Section, value_at
+from rl_llm.config.base import MAY_CHANGE, MUST_STAY, Ramp, Scheduled, Section, value_at
 from rl_llm.config.evaluation import EvaluationConfig
 from rl_llm.config.learner import LearnerConfig
 from rl_llm.config.overrides import apply_override, explain, read_yaml
@@ -32,6 +32,8 @@ from rl_llm.config.trainer import CheckpointConfig, LoggingConfig, TrainerConfig
 from rl_llm.errors import UserError, did_you_mean
 
 __all__ = [
+    "MAY_CHANGE",
+    "MUST_STAY",
     "VERSIONS",
     "Aggregation",
     "AlgorithmConfig",
@@ -76,10 +78,10 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
+    logging: Annotated[LoggingConfig, MAY_CHANGE] = LoggingConfig()
     trainer: TrainerConfig = TrainerConfig()
-    resources: ResourcesConfig = ResourcesConfig()
+    resources: Annotated[ResourcesConfig, MAY_CHANGE] = ResourcesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

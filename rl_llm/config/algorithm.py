@@ -31,7 +31,6 @@ class KLConfig(Section):
 class ReferenceConfig(Section):
     """The policy a KL refers to: the first policy, or what it was at the last refresh."""
 
-    place: Literal["learner", "rollout"] = Field("learner", description="where its log-probs are computed")
     refresh_every: int | None = Field(None, ge=1, description="steps after which it becomes the policy as it is then")
 
 

@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from rl_llm.config.overrides import NUMBER, RAMP
 
+# Marks of fields, as `Annotated[int, MAY_CHANGE]`: whether a resumed run may have another. By default none may, and
+# the mark of a section holds for all in it that is not marked itself.
+MAY_CHANGE, MUST_STAY = "may change on resuming", "must stay on resuming"
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)

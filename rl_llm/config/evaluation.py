@@ -1,15 +1,15 @@
 """The section `evaluation`: what is measured, when, and what that decides."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rl_llm.config.base import Section
+from rl_llm.config.base import MAY_CHANGE, Section
 from rl_llm.config.rewards import Components
 
 
 class EvaluationConfig(Section):
-    every: int = Field(20, ge=1, description="steps between validations on the tune split")
+    every: Annotated[int, MAY_CHANGE] = Field(20, ge=1, description="steps between validations on the tune split")
     prompts: int = Field(128, ge=1, description="tune prompts used; the same ones each time")
     test_prompts: int = Field(512, ge=2, description="test prompts used before and after training")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
@@ -17,8 +17,10 @@ class EvaluationConfig(Section):
     utility: dict[str, float] | None = Field(
         None, description="metric: weight; default: the run's initial reward weights, and 1 for each extra metric"
     )
-    patience: int | None = Field(None, ge=1, description="validations without a better utility that end the run")
-    samples: int = Field(3, ge=0, description="completions shown at each validation")
-    controls: list[Literal["supervised", "constant_reward"]] = Field(
+    patience: Annotated[int | None, MAY_CHANGE] = Field(
+        None, ge=1, description="validations without a better utility that end the run"
+    )
+    samples: Annotated[int, MAY_CHANGE] = Field(3, ge=0, description="completions shown at each validation")
+    controls: Annotated[list[Literal["supervised", "constant_reward"]], MAY_CHANGE] = Field(
         [], description="runs made for comparison after the main one, from the same start"
     )

@@ -30,7 +30,7 @@ class LoraConfig(Section):
 
 
 class PolicyConfig(Section):
-    type: Literal["causal_lm"] = "causal_lm"
+    type: str = Field("causal_lm", description="kind of policy, or package.module:Class")
     model: str | None = Field(None, description="a Hugging Face folder or Hub name; empty: built from `scratch`")
     scratch: ScratchConfig = ScratchConfig()
     trainable: Literal["all", "last_layers", "lora"] = "all"

@@ -1,8 +1,10 @@
 """The section `resources`: where things run."""
 
+from typing import Annotated
+
 from pydantic import Field
 
-from rl_llm.config.base import Section
+from rl_llm.config.base import MUST_STAY, Section
 
 
 class ResourcesConfig(Section):
@@ -14,7 +16,10 @@ class ResourcesConfig(Section):
     num_cpus_per_learner: float = Field(1, gt=0)
     num_gpus_per_rollout_worker: float = Field(0, ge=0)
     num_gpus_per_learner: float = Field(0, ge=0)
-    threads: int = Field(1, ge=1, description="torch threads of every process; changes floats, so set it on its own")
+    # Floats follow it.
+    threads: Annotated[int, MUST_STAY] = Field(
+        1, ge=1, description="torch threads of every process; changes floats, so set it on its own"
+    )
     address: str | None = Field(
         None, description="Ray cluster to join; empty: the one in RAY_ADDRESS, else a local one"
     )

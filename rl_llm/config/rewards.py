@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from rl_llm.config.base import Scheduled, Section
+from rl_llm.config.base import MAY_CHANGE, Scheduled, Section
 from rl_llm.errors import did_you_mean
 
 
@@ -77,7 +77,9 @@ Components = Annotated[dict[str, ComponentConfig], BeforeValidator(expand_compon
 
 class RewardsConfig(Section):
     components: Components = Field(description="name: id, or name: {use: id, args: {...}, ...}")
-    weights: dict[str, Scheduled] = Field({}, description="lambda of each component; 1 where not given")
+    weights: Annotated[dict[str, Scheduled], MAY_CHANGE] = Field(
+        {}, description="lambda of each component; 1 where not given"
+    )
     combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     std_floor: float = Field(
         0.1, ge=0, description="a group's std is never taken below this share of the first policy's std"

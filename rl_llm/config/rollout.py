@@ -1,14 +1,12 @@
 """The section `rollout`: how a step is sampled."""
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from rl_llm.config.base import Ramp, Scheduled, Section
 
 
 class RolloutConfig(Section):
-    engine: Literal["transformers"] = "transformers"
+    engine: str = Field("transformers", description="what samples, or package.module:Class")
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(8, ge=1, description="size of a group")
     rows_per_request: int | None = Field(

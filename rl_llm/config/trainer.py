@@ -1,8 +1,10 @@
 """The sections `trainer`, `checkpoint` and `logging`: how long a run is, and what it keeps."""
 
+from typing import Annotated
+
 from pydantic import Field
 
-from rl_llm.config.base import Section
+from rl_llm.config.base import MAY_CHANGE, Section
 
 
 class CheckpointConfig(Section):
@@ -18,5 +20,5 @@ class LoggingConfig(Section):
 
 
 class TrainerConfig(Section):
-    steps: int = Field(100, ge=1)
+    steps: Annotated[int, MAY_CHANGE] = Field(100, ge=1)
     seed: int = Field(0, ge=0)

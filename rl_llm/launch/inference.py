@@ -13,15 +13,19 @@ from transformers.utils import logging as transformers_logging
 from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
 from rl_llm.errors import UserError
 from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
+from rl_llm.policies import SamplingParams
 from rl_llm.rewards import Component, Scores
-from rl_llm.rollout import SamplingParams
 from rl_llm.runs.run import Run
-from rl_llm.runtime.pool import connected, fetch
+from rl_llm.runtime import connected
+from rl_llm.runtime.replica import fetch
+from rl_llm.runtime.weights import Weights
 from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT
 from rl_llm.tasks import Task, describe_bad_rows, load_prompts
 from rl_llm.tasks.prompts import template_columns
-from rl_llm.trainer.evaluation import Evaluator, held_out
-from rl_llm.trainer.workers import Crew
+from rl_llm.tasks.source import held_out
+from rl_llm.trainer.collector import FirstIds
+from rl_llm.trainer.evaluation import Evaluator
+from rl_llm.trainer.workers import Workers
 
 Note = Callable[[str], None]
 """Is told in a line what went wrong with rows: bad ones, failed rewards."""
@@ -48,23 +52,25 @@ def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfi
     raw["warm_start"] = {}
     raw.setdefault("algorithm", {})["kl"] = {}
     built = build_config(raw, overrides, where=str(source or model))
-    check_model(built.policy.model)
+    check_model(built.policy)
     return built
 
 
 @contextmanager
-def _crew(
+def _workers(
     config: RunConfig, components: Mapping[str, ComponentConfig], functions: Mapping[str, Callable[..., Any]]
-) -> Iterator[Crew]:
+) -> Iterator[tuple[Workers, Weights]]:
+    """Workers without a learner, and the weights they act with: the model's own."""
+    resources = config.resources.model_copy(update={"num_learners": 0})
+    config = config.model_copy(update={"resources": resources})
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with connected(config.resources):
-        crew = Crew(config, _model(config), components, functions)
+    with connected(resources):
+        workers = Workers(config, _model(config), components, functions, learns=False)
         try:
-            crew.publish(0)
-            yield crew
+            yield workers, workers.channel.publish(None, 0)
         finally:
-            crew.close()
+            workers.close()
 
 
 def _model(config: RunConfig) -> str:
@@ -101,11 +107,11 @@ def evaluate(
         failed = "failed at first" if record["outcome"] == "retried" else "failed"
         note(f"{record['component']} {failed} on {record['rows']} rows, {record['status']}: {record['message']}")
 
-    components, size = config.measured, config.rollout.request_rows
+    components = config.measured
     prompts = held_out(task.splits[split], config.evaluation.test_prompts)
-    with _crew(config, components, functions) as crew:
-        evaluator = Evaluator(config.evaluation, params, size, components, crew, None, failed)
-        return evaluator.evaluate(prompts, split, "evaluate", 0).line["metrics"], prompts.num_rows
+    with _workers(config, components, functions) as (workers, weights):
+        evaluator = Evaluator(config.evaluation, params, components, workers.collector, failed)
+        return evaluator.evaluate(prompts, split, "evaluate", 0, weights).line["metrics"], prompts.num_rows
 
 
 def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]]:
@@ -118,12 +124,11 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
     prompts = task.splits["all"]
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
     size = config.rollout.request_rows
-    with _crew(config, {}, {}) as crew:
+    with _workers(config, {}, {}) as (workers, weights):
         for start in range(0, prompts.num_rows, size * 8):
             part = prompts.slice(start, size * 8)
-            found = crew.collector.collect(
-                f"predict-{start}", part, params, size, (start, start), crew.version, crew.weights, []
-            )
+            pending = workers.collector.start(f"predict-{start}", part, params, FirstIds(start, start), weights, [])
+            found = workers.collector.wait(pending)
             for shard in fetch(found.shards):
                 answers = shard.select(["completion", "finish"]).to_pylist()
                 yield from ({**row, **answer} for row, answer in zip(_rows(shard), answers, strict=True))

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rl_llm.algorithms import build_algorithm
-from rl_llm.config import RunConfig
+from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import UserError
 from rl_llm.launch.warm_start import needs_base
-from rl_llm.policies import check_attention, freeze
+from rl_llm.policies import policy_class
+from rl_llm.policies.base import freeze
 from rl_llm.policies.scratch import scratch_settings
 from rl_llm.rewards import Component, known
+from rl_llm.rollout.engines import engine_maker
 from rl_llm.runs.text import short
 from rl_llm.tasks import Task, load_task
 
@@ -48,7 +50,8 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
         UserError: unreadable data, an unknown component, a missing column or model, an impossible combination.
     """
     check_algorithm(config)
-    tokenizer = check_model(config.policy.model)
+    engine_maker(config.rollout.engine)
+    tokenizer = check_model(config.policy)
     task = task or read_task(config)
     functions = {**registered_here(config), **functions}
     check_components(config, functions, task)
@@ -111,8 +114,9 @@ def check_components(config: RunConfig, functions: Mapping[str, Callable[..., An
         Component(name, component, functions.get(name)).check_columns(task.fields)
 
 
-def check_model(model: str | None) -> PreTrainedTokenizerBase | None:
+def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a given model. Raises `UserError` where that is not there, or lacks weights or a tokenizer."""
+    kind, model = policy_class(policy), policy.model
     if model is None:
         return None
     path = Path(model)
@@ -125,21 +129,20 @@ def check_model(model: str | None) -> PreTrainedTokenizerBase | None:
         raise UserError(
             f"policy.model: there is no folder {model}; give a Hugging Face folder or a Hub name owner/name"
         )
-    return load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
+    kind.check_tokenizer(tokenizer, model)
+    return tokenizer
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Raises `UserError` where it has none, or one without an end-of-text token."""
+    """A model's tokenizer. Raises `UserError` where it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(
             f"policy.model {model!r}: its tokenizer cannot be loaded: {_first_line(error)}; "
             "tokenizer.json and tokenizer_config.json belong to the model"
         ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"policy.model {model!r}: its tokenizer has no end-of-text token")
-    return tokenizer
 
 
 def _first_line(error: Exception) -> str:
@@ -148,32 +151,35 @@ def _first_line(error: Exception) -> str:
 
 def _parameters(config: RunConfig) -> tuple[int, int]:
     """All parameters and the trainable ones, from the model's settings alone."""
-    policy = config.policy
+    policy, kind = config.policy, policy_class(config.policy)
     with init_empty_weights():
-        if policy.model is None:
-            model = LlamaForCausalLM(scratch_settings(policy.scratch, policy.scratch.vocab_size, 0))
-        else:
-            try:
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy.model))
-            except (OSError, ValueError) as error:
-                raise UserError(f"policy.model {policy.model!r} cannot be loaded: {_first_line(error)}") from None
-    check_attention(model)
+        try:
+            model = kind.auto_class.from_config(_architecture(policy))
+        except (OSError, ValueError) as error:
+            raise UserError(f"policy.model {policy.model!r} cannot be loaded: {_first_line(error)}") from None
+    kind.check_model(model)
     model.tie_weights()  # shared weights count once
     total = sum(p.numel() for p in model.parameters())
-    return total, sum(p.numel() for p in freeze(model, policy).parameters() if p.requires_grad)
+    return total, sum(p.numel() for p in freeze(model, policy, kind.task_type).parameters() if p.requires_grad)
+
+
+def _architecture(policy: PolicyConfig) -> PreTrainedConfig:
+    if policy.model is None:
+        return scratch_settings(policy.scratch, policy.scratch.vocab_size, 0)
+    return AutoConfig.from_pretrained(policy.model)
 
 
 def describe(plan: Plan) -> list[str]:
     """The plan in lines: task, policy, actors with their resources, memory."""
     config, task = plan.config, plan.task
     total, trainable = plan.parameters
-    sides = ", ".join(f"{table.num_rows} {side}" for side, table in task.splits.items())
+    splits = ", ".join(f"{table.num_rows} {split}" for split, table in task.splits.items())
     rollout = config.rollout
     rows = rollout.prompts_per_step * rollout.samples_per_prompt
     source = config.policy.model or "built from scratch"
     weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.weights.items())
     lines = [
-        f"task       {task.name}: {sides} prompts",
+        f"task       {task.name}: {splits} prompts",
         f"policy     {source}: {short(total)} parameters, {short(trainable)} of them train ({config.policy.trainable})",
         f"rewards    {weights} ({config.rewards.combine})",
         f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
@@ -212,14 +218,9 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
     algorithm = config.algorithm
     learners = max(resources.num_learners, 1)
     copied = algorithm.kl.coef > 0 and (config.policy.trainable != "lora" or algorithm.reference.refresh_every)
-    copies = resources.num_rollout_workers if algorithm.reference.place == "rollout" else learners
-    reference = trainable * 4 * max(copies, 1) if copied else 0
+    reference = trainable * 4 * learners if copied else 0
     optimizer = 8 if config.learner.optimizer == "adamw" else 4 * (config.learner.momentum > 0)
-    settings = (
-        scratch_settings(config.policy.scratch, config.policy.scratch.vocab_size, 0)
-        if config.policy.model is None
-        else AutoConfig.from_pretrained(config.policy.model)
-    )
+    settings = _architecture(config.policy)
     width, depth = settings.hidden_size, settings.num_hidden_layers
     tokens = min(
         config.learner.tokens_per_microbatch,

@@ -6,18 +6,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 import transformers
 
 from rl_llm.config import RunConfig
 from rl_llm.learner.supervised import encode_examples, train_supervised
-from rl_llm.policies import CausalLM
+from rl_llm.policies import load_policy
 from rl_llm.policies.scratch import build_scratch
-from rl_llm.table import FIELD, ragged
+from rl_llm.runtime.pool import Pool
 from rl_llm.tasks import Task
 
 # Texts the byte-pair merges are learned from; more would not change a small vocabulary.
@@ -71,10 +71,10 @@ def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[
             build_scratch(
                 config.policy.scratch, (t for prompt, ts in texts for t in (prompt, *ts)), source, config.trainer.seed
             )
-        policy = CausalLM(source, config.policy.model_copy(update={"trainable": "all"}))
+        policy = load_policy(source, config.policy.model_copy(update={"trainable": "all"}))
         task.tokenize(policy.tokenizer)
         warm = config.warm_start
-        examples = encode_examples(policy, *supervised_texts(task, config), warm.max_target_tokens)
+        examples = encode_examples(policy, *task.targets(warm.target), warm.max_target_tokens)
         for steps, whole in ((warm.pretrain_steps, True), (warm.supervised_steps, False)):
             name = "self-supervised" if whole else "supervised"
 
@@ -101,8 +101,25 @@ class BaseBuilder:
         build_base(config, task, folder, print)
 
 
-def supervised_texts(task: Task, config: RunConfig) -> tuple[list[np.ndarray], list[list[str]]]:
-    """Prompts (tokens) and targets (texts) of the tokenized train split."""
-    train = task.splits["train"]
-    values = train[FIELD + config.warm_start.target].to_pylist()
-    return ragged(train["prompt_ids"]), [[value] if isinstance(value, str) else list(value or []) for value in values]
+def ensure_base(config: RunConfig, task: Task, note: Callable[[str], None]) -> str:
+    """The folder (or Hub name) of the policy before reinforcement learning, warm-started if that is not cached."""
+    if not needs_base(config):
+        assert config.policy.model is not None
+        return config.policy.model
+    folder, resources = base_path(config, task), config.resources
+    if folder.is_dir():
+        note(f"warm start: found in the cache, {folder}")
+    elif resources.num_learners == 0:
+        build_base(config, task, folder, note)
+    else:
+        from rl_llm.runtime.actor import Actor
+
+        note("warm start: under way with the learner's resources")
+        room = {"num_cpus": resources.num_cpus_per_learner, "num_gpus": resources.num_gpus_per_learner}
+        place = partial(Actor, resources.threads, room)
+        builder = Pool("warm start", BaseBuilder, lambda index: place(), 1, max_attempts=1)
+        try:
+            builder.call("build", config, task, folder)
+        finally:
+            builder.close()
+    return str(folder)

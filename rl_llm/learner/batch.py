@@ -1,6 +1,6 @@
 """A step's rows on their way through the updates they are used for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,18 +10,17 @@ from torch import Tensor
 
 from rl_llm.algorithms.losses import Divisor
 from rl_llm.config import RunConfig
-from rl_llm.policies.packing import Group, GroupBatch, cut, make_groups, microbatches, pack
-from rl_llm.table import REF_LOGPROBS, ragged
-
-# Second word of the key of the draw of minibatches, above any sample's id.
-MINIBATCHES = 1 << 60
+from rl_llm.policies import PackedBatch, PackedRow
+from rl_llm.policies.packing import cut_row, make_rows, microbatches
+from rl_llm.rng import Purpose, stream
+from rl_llm.table import ragged
 
 
 @dataclass
 class Minibatch:
     """The rows of one update: this learner's micro-batches, and the counts over those of all learners."""
 
-    parts: list[GroupBatch]
+    microbatches: list[PackedBatch]
     divisor: Divisor
 
 
@@ -30,9 +29,10 @@ class Batch:
     """N rows with completions of up to T tokens.
 
     Attributes:
-        temperature: they were sampled at.
+        temperature: float64 [N], what each row was sampled at; 1 where that was greedy.
         groups: int64 [N].
-        weights: float64 [N], the advantage, or where the learner makes advantages the outcome, of each row.
+        advantages: float64 [N], of each row in its group.
+        outcomes: float64 [N], what advantages of tokens are made of; None where the algorithm makes none.
         mask: bool [N, T], the tokens the policy chose.
         mine: bool [N], rows that this learner computes.
         minibatches: the updates of a pass over the rows.
@@ -40,29 +40,37 @@ class Batch:
             rows of other learners stay 0.
     """
 
-    temperature: float
+    temperature: Tensor
     groups: Tensor
-    weights: Tensor
+    advantages: Tensor
+    outcomes: Tensor | None
     mask: Tensor
     mine: Tensor
     minibatches: list[Minibatch]
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
-    def put(self, name: str, part: GroupBatch, values: Tensor) -> None:
+    def put(self, name: str, part: PackedBatch, values: Tensor) -> None:
         """Note values [R, t] of a micro-batch's rows in the table `name`."""
         self.tokens[name][part.rows, : values.shape[1]] = values.detach().float().cpu()
 
-    def take(self, name: str, part: GroupBatch, device: torch.device) -> Tensor:
+    def take(self, name: str, part: PackedBatch, device: torch.device) -> Tensor:
         """The rows of a micro-batch, [R, t]; `name` is of a table or "mask"."""
         table = self.mask if name == "mask" else self.tokens[name]
         return table[part.rows, : part.mask.shape[1]].to(device)
 
-    def parts(self) -> Iterator[GroupBatch]:
+    def microbatches(self) -> Iterator[PackedBatch]:
         for minibatch in self.minibatches:
-            yield from minibatch.parts
+            yield from minibatch.microbatches
 
 
-def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank: int, learners: int) -> Batch:
+def make_batch(
+    table: pa.Table,
+    config: RunConfig,
+    step: int,
+    pack: Callable[[Sequence[PackedRow]], PackedBatch],
+    rank: int = 0,
+    learners: int = 1,
+) -> Batch:
     """Lay out the rows of a rollout table.
 
     Minibatches are drawn once a step, by whole groups; which rows share an update does not depend on the learners. Each
@@ -71,28 +79,28 @@ def make_batch(table: pa.Table, weights: str, config: RunConfig, step: int, rank
 
     Args:
         table: [N] rows, all of them to be trained on.
-        weights: the column that `Batch.weights` is.
         step: from 0; keys the draw.
+        pack: the policy's.
     """
     chosen, completions = ragged(table["action_mask"]), ragged(table["completion_ids"])
     group_ids = table["group"].to_numpy()
     budget = config.learner.tokens_per_microbatch
-    groups = make_groups(group_ids.tolist(), ragged(table["prompt_ids"]), completions, budget)
+    groups = make_rows(group_ids.tolist(), ragged(table["prompt_ids"]), completions, budget)
     mask = torch.from_numpy(_padded(chosen, bool))
+    temperature, outcomes = table["temperature"].to_numpy().astype(np.float64), "outcome" in table.column_names
     batch = Batch(
-        temperature=float(table["temperature"][0].as_py()) or 1.0,
+        temperature=torch.from_numpy(np.where(temperature == 0, 1.0, temperature)),
         groups=torch.from_numpy(group_ids.copy()),
-        weights=torch.tensor(table[weights].to_numpy(), dtype=torch.float64),
+        advantages=torch.tensor(table["advantage"].to_numpy(), dtype=torch.float64),
+        outcomes=torch.tensor(table["outcome"].to_numpy(), dtype=torch.float64) if outcomes else None,
         mask=mask,
         mine=torch.zeros(len(chosen), dtype=torch.bool),
         minibatches=[],
         tokens={"engine_logprobs": torch.from_numpy(_padded(ragged(table["logprobs"]), np.float32))},
     )
-    if REF_LOGPROBS in table.column_names:
-        batch.tokens[REF_LOGPROBS] = torch.from_numpy(_padded(ragged(table[REF_LOGPROBS]), np.float32))
     for ids in _draw(np.unique(group_ids), config.learner.minibatches, config.trainer.seed, step):
         rows = np.isin(group_ids, ids)
-        mine = _share([group for group in groups if rows[group.rows[0]]], rank, learners)
+        mine = _assign([group for group in groups if rows[group.rows[0]]], rank, learners)
         divisor = Divisor(
             tokens=int(mask[torch.from_numpy(rows)].sum()),
             sequences=int(rows.sum()),
@@ -107,11 +115,11 @@ def _draw(ids: np.ndarray, count: int, seed: int, step: int) -> list[np.ndarray]
     """The groups of each minibatch: `count` of them, or as many as there are groups."""
     if count == 1:
         return [ids]
-    order = np.random.Generator(np.random.Philox(key=[seed, MINIBATCHES + step])).permutation(ids)
+    order = stream(seed, Purpose.MINIBATCH, step).permutation(ids)
     return np.array_split(order, min(count, len(ids)))
 
 
-def _share(groups: list[Group], rank: int, learners: int) -> list[Group]:
+def _assign(groups: list[PackedRow], rank: int, learners: int) -> list[PackedRow]:
     """This learner's groups: the largest first, each to whoever has the fewest tokens so far.
 
     Fewer groups than learners are cut into as many parts as give everybody one.
@@ -121,9 +129,9 @@ def _share(groups: list[Group], rank: int, learners: int) -> list[Group]:
         groups = [
             part
             for group in groups
-            for part in cut(group, len(group.prompt) + -(-(group.tokens - len(group.prompt)) // parts))
+            for part in cut_row(group, len(group.prompt) + -(-(group.tokens - len(group.prompt)) // parts))
         ]
-    shares: list[list[Group]] = [[] for _ in range(learners)]
+    shares: list[list[PackedRow]] = [[] for _ in range(learners)]
     load = [0] * learners
     for group in sorted(groups, key=lambda g: (-g.tokens, g.rows)):
         least = load.index(min(load))

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,28 +18,35 @@ from rl_llm.config import RunConfig
 from rl_llm.errors import RunFailed
 from rl_llm.learner.batch import Batch, Minibatch, make_batch
 from rl_llm.learner.objective import Objective
-from rl_llm.learner.optimizer import build_optimizer, learning_rate, set_rate
-from rl_llm.learner.parallel import Peers
+from rl_llm.learner.optimizer import build_optimizer, set_rate
+from rl_llm.learner.parallel import DataParallel, Parallel
 from rl_llm.learner.supervised import encode_examples, train_supervised
-from rl_llm.policies import CausalLM
+from rl_llm.policies import load_policy
+from rl_llm.runtime.weights import Manifest, flatten
+
+REFERENCE = "reference/"
 
 
 class Learner:
     """Holds the policy that learns, its optimiser, and what the algorithm needs beside: a reference, a value function.
 
     One of several where `resources.num_learners` says so: each computes its share of a step's rows, gradients are added
-    up, and every learner makes the same update.
+    up, and every learner makes the same update. Every method is for all of them to be called.
     """
 
-    def __init__(self, config: RunConfig, base: str, rank: int = 0) -> None:
-        """Load the policy from folder `base`, the start of reinforcement learning."""
+    def __init__(self, config: RunConfig, base: str, rank: int = 0, parallel: Parallel | None = None) -> None:
+        """Load the policy from folder `base`, the start of reinforcement learning.
+
+        `parallel`: how several learners go together; each has the whole policy by default.
+        """
         torch.set_num_threads(config.resources.threads)
-        self.config = config
-        self.policy = CausalLM(base, config.policy)
-        self.peers = Peers(rank, max(config.resources.num_learners, 1))
+        self.config, self.base = config, base
+        self.policy = load_policy(base, config.policy)
+        self.parallel = parallel or DataParallel(rank, max(config.resources.num_learners, 1))
         algorithm = build_algorithm(config.algorithm)
-        self.weights_column = "outcome" if algorithm.per_token else "advantage"
-        self.objective = Objective(algorithm, config.algorithm, self.policy, self.peers)
+        # What is cloned from the policy is cloned before it is laid over the learners.
+        self.objective = Objective(algorithm, config.algorithm, self.policy, self.parallel)
+        self.parallel.wrap(self.policy)
         value = self.objective.value
         self.values = {} if value is None else value.parameters
         self.learning = {**self.policy.trainable, **self.values}
@@ -45,26 +54,29 @@ class Learner:
             self.policy.trainable.values(), config.learner, self.values.values(), config.algorithm.value.lr_factor
         )
         self.bad_updates = self.bad_in_a_row = 0
-        self._refreshed: np.ndarray | None = None
 
-    def open(self) -> tuple[str, int]:
-        """For the first of several: where the others find it."""
+    def open(self) -> tuple[str, int] | None:
+        """Where the first of several is found by the others."""
         import ray.util  # several learners are Ray actors
 
         host = ray.util.get_node_ip_address()
-        return host, self.peers.open(host)
+        return (host, self.parallel.open(host)) if self.parallel.rank == 0 else None
 
     def join(self, host: str, port: int) -> None:
-        """Wait for the other learners; only then may an update be asked for, of all of them at once."""
-        self.peers.join(host, port, on_gpu=self.policy.device.type == "cuda")
+        """Wait for the other learners; only then may an update be asked for."""
+        self.parallel.join(host, port, self.policy.device)
 
-    def update(self, columns: pa.Table, step: int, path: str | None, *shards: pa.Table) -> dict[str, float]:
+    def close(self) -> None:
+        self.parallel.close()
+
+    def update(self, columns: pa.Table, step: int, lr: float, path: str | None, *shards: pa.Table) -> dict[str, float]:
         """The updates of a step on its shards: `epochs` passes of `minibatches` each.
 
         Args:
             columns: rewards, statuses, `reward`, `trained`, `advantage` and, for algorithms that make advantages of
                 tokens, `outcome`, a row for each of the shards' rows in their order.
-            step: from 0; sets the learning rate.
+            step: from 0.
+            lr: the learning rate.
             path: where the table is written (Parquet), if anywhere.
             shards: the rollout tables of the step's requests.
 
@@ -79,20 +91,19 @@ class Learner:
         table = pa.concat_tables(shards)
         for name in columns.column_names:
             table = table.append_column(name, columns[name])
-        if path and self.peers.rank == 0:
+        if path and self.parallel.rank == 0:
             _write_whole(table, Path(path))
         table = table.filter(table["trained"])
         if table.num_rows == 0:
             raise RunFailed(f"step {step + 1}: no row has a reward; see failures.jsonl")
-        peers = self.peers
-        batch = make_batch(table, self.weights_column, self.config, step, peers.rank, peers.count)
+        parallel = self.parallel
+        batch = make_batch(table, self.config, step, self.policy.pack, parallel.rank, parallel.count)
         trunk = self.objective.value and self.objective.value.trunk
         # Dropout would make the ratio of new to old log-probs differ from 1 by chance.
         with self.policy.training(dropout=0.0), trunk.training(dropout=0.0) if trunk else contextlib.nullcontext():
-            return self._updates(batch, step)
+            return self._updates(batch, step, lr)
 
-    def _updates(self, batch: Batch, step: int) -> dict[str, float]:
-        rate = learning_rate(self.config.learner, step, self.config.trainer.steps)
+    def _updates(self, batch: Batch, step: int, rate: float) -> dict[str, float]:
         updates = self.config.learner.epochs * len(batch.minibatches)
         if step == 0:
             self.objective.begin(batch)
@@ -102,11 +113,11 @@ class Learner:
             for _ in range(self.config.learner.epochs)
             for minibatch in batch.minibatches
         ]
-        refresh = self.config.algorithm.reference.refresh_every
-        if refresh and (step + 1) % refresh == 0 and self.objective.uses_kl:
-            self._refresh(self.policy.export_weights())
+        refresh, reference = self.config.algorithm.reference.refresh_every, self.objective.reference
+        if reference is not None and refresh and (step + 1) % refresh == 0:
+            reference.refresh(self.policy.named_weights())
         tokens = sum(minibatch.divisor.tokens for minibatch in batch.minibatches)
-        samples = len(batch.weights)
+        samples = len(batch.groups)
         loss, norm = (float(np.mean(column)) for column in zip(*results, strict=True))
         return {
             "loss": loss,
@@ -117,26 +128,20 @@ class Learner:
             "tokens/trained": tokens,
         }
 
-    def _refresh(self, weights: np.ndarray) -> None:
-        # Where rollout workers have the reference, its weights are kept for them all the same.
-        self._refreshed = weights
-        if self.objective.reference is not None:
-            self.objective.reference.refresh(weights)
-
     def _update(self, batch: Batch, minibatch: Minibatch, rate: float, step: int) -> tuple[float, float]:
         """One update; returns the loss and the norm of the policy's gradient."""
         total = torch.zeros(1, dtype=torch.float64)
         with self.policy.casting_once():
-            for part in minibatch.parts:
+            for part in minibatch.microbatches:
                 part_loss = self.objective.loss(batch, part, minibatch.divisor)
                 part_loss.backward()
                 total += part_loss.detach().double().cpu()
-        self.peers.add_gradients(self.learning.values())
-        loss = self.peers.total(total).item()
+        self.parallel.sync_gradients(self.learning.values())
+        loss = self.parallel.total(total).item()
         limit = self.config.learner.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), limit))
+        norm = self.parallel.clip(self.policy.trainable.values(), limit)
         # Apart, or a value loss far off would leave the policy little of the norm.
-        value_norm = float(torch.nn.utils.clip_grad_norm_(self.values.values(), limit))
+        value_norm = self.parallel.clip(self.values.values(), limit)
         self._apply(loss, norm, value_norm, rate, step)
         return loss, norm
 
@@ -156,74 +161,85 @@ class Learner:
                 f"{self.bad_in_a_row} updates in a row; lower learner.lr or check the rewards' range"
             )
 
-    def weights(self) -> tuple[None, np.ndarray]:
+    def weights(self) -> tuple[Manifest, np.ndarray]:
         """The trainable weights, flat, as the second of two values: from an actor it stays in the object store."""
-        return None, self.policy.export_weights()
+        return flatten(self.parallel.whole(self.policy.named_weights().items()))
 
-    def refreshed(self) -> tuple[None, np.ndarray | None]:
-        """The weights of the reference since its last refresh, as `weights` gives them; None for the first policy's."""
-        return None, self._refreshed
+    def save_weights(self, file: Path) -> None:
+        self._save(dict(self.parallel.whole(self.policy.named_weights().items())), file)
 
-    def save_weights(self, path: str) -> None:
-        save_file({name: p.detach().contiguous() for name, p in self.policy.trainable.items()}, path)
-
-    def load_weights(self, path: str) -> None:
+    def load_weights(self, file: Path) -> None:
         """Put saved weights in place; the optimiser is left as it is."""
-        saved = load_file(path, device=str(self.policy.device))
-        with torch.no_grad():
-            for name, p in self.policy.trainable.items():
-                p.copy_(saved[name])
+        saved = load_file(file, device=str(self.policy.device))
+        self.policy.load_named(self.parallel.scatter((name, saved[name]) for name in self.policy.trainable))
 
-    def save_state(self, folder: str) -> None:
+    def save(self, folder: Path) -> None:
         """Everything an exact resume needs of the learner: weights, optimiser, values, reference, counters."""
-        self.save_weights(str(Path(folder) / "weights.safetensors"))
+        self.save_weights(folder / "weights.safetensors")
         tensors = {"rng": torch.get_rng_state()}
-        tensors |= {name: p.detach().contiguous() for name, p in self.values.items()}
+        tensors |= {name: p.detach() for name, p in self.values.items()}
+        if self.objective.reference is not None:
+            tensors |= {REFERENCE + name: w for name, w in self.objective.reference.named_weights().items()}
         for name, p in self.learning.items():
             for key, value in self.optimizer.state[p].items():
                 if value is not None:
-                    tensors[f"{key}/{name}"] = value.detach().contiguous()
-        if self._refreshed is not None:
-            tensors["reference"] = torch.from_numpy(self._refreshed)
-        save_file(tensors, Path(folder) / "optimizer.safetensors")
+                    tensors[f"{key}/{name}"] = value.detach()
+        self._save(tensors, folder / "optimizer.safetensors")
         state = {
             "bad_updates": self.bad_updates,
             "bad_in_a_row": self.bad_in_a_row,
             "kl_coef": self.objective.kl_coefficient.value,
+            "kl": self._kl(),
         }
-        (Path(folder) / "learner.json").write_text(json.dumps(state))
+        if self.parallel.rank == 0:
+            (folder / "learner.json").write_text(json.dumps(state))
 
-    def load_state(self, folder: str) -> None:
-        self.load_weights(str(Path(folder) / "weights.safetensors"))
-        tensors = load_file(Path(folder) / "optimizer.safetensors")
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` left. A KL that is configured otherwise than it was then begins as configured."""
+        self.load_weights(folder / "weights.safetensors")
+        tensors = load_file(folder / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop("rng"))
-        if "reference" in tensors:
-            self._refresh(tensors.pop("reference").numpy())
+        refreshed = {name: tensors.pop(name) for name in list(tensors) if name.startswith(REFERENCE)}
+        reference = self.objective.reference
+        if reference is not None and refreshed:
+            reference.refresh({name.removeprefix(REFERENCE): w for name, w in refreshed.items()})
+        elif reference is not None and reference.named_weights():
+            reference.restart(load_policy(self.base, self.config.policy))
         with torch.no_grad():
             for name, p in self.values.items():
                 p.copy_(tensors.pop(name))
+        self.optimizer.state.clear()
         for key, value in tensors.items():
             kind, name = key.split("/", 1)
             p = self.learning[name]
             self.optimizer.state[p][kind] = value.to(p.device)
-        state = json.loads((Path(folder) / "learner.json").read_text())
+        state = json.loads((folder / "learner.json").read_text())
         self.bad_updates, self.bad_in_a_row = state["bad_updates"], state["bad_in_a_row"]
-        self.objective.kl_coefficient.value = state["kl_coef"]
+        as_then = state["kl"] == self._kl()
+        self.objective.kl_coefficient.value = state["kl_coef"] if as_then else self.config.algorithm.kl.coef
 
-    def save_model(self, folder: str) -> None:
-        """A folder that `transformers` loads."""
-        self.policy.save_pretrained(folder)
+    def _kl(self) -> dict[str, Any]:
+        return self.config.algorithm.kl.model_dump(mode="json")
 
-    def supervise(self, prompts: list[np.ndarray], targets: list[list[str]], tokens: int) -> int:
+    def _save(self, tensors: dict[str, torch.Tensor], file: Path) -> None:
+        if self.parallel.rank == 0:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+    def export(self, folder: Path) -> None:
+        """Leave a folder that `transformers` loads."""
+        if self.parallel.rank == 0:
+            self.policy.save_pretrained(folder)
+
+    def supervise(self, prompts: Sequence[np.ndarray], targets: Sequence[list[str]], tokens: int) -> int:
         """Supervised training with the warm start's settings on about `tokens` target tokens; returns how many.
 
         Of several learners the first one trains and the others take its weights.
         """
         warm, trained = self.config.warm_start, 0
-        if self.peers.rank == 0:
+        if self.parallel.rank == 0:
             examples = encode_examples(self.policy, prompts, targets, warm.max_target_tokens)
             trained = train_supervised(self.policy, examples, warm, self.config.trainer.seed + 1, tokens=tokens)
-        self.peers.copy_first(self.policy.trainable.values())
+        self.policy.load_named(self.parallel.scatter(self.policy.named_weights().items()))
         return trained
 
 

@@ -10,25 +10,25 @@ from rl_llm.algorithms.kl import KLCoefficient, kl
 from rl_llm.algorithms.losses import Divisor, aggregate, value_loss
 from rl_llm.config import AlgorithmConfig
 from rl_llm.learner.batch import Batch
-from rl_llm.learner.parallel import Peers
-from rl_llm.policies import CausalLM, Reference, ValueFunction
-from rl_llm.policies.packing import GroupBatch
-from rl_llm.table import REF_LOGPROBS
+from rl_llm.learner.parallel import Parallel
+from rl_llm.policies import PackedBatch, Policy, Reference, ValueFunction
+
+REF_LOGPROBS = "ref_logprobs"
 
 
 class Objective:
     """An algorithm at work on a policy.
 
     Attributes:
-        reference, value: None where the algorithm does without, or where rollout workers have the reference.
+        reference, value: None where the algorithm does without.
         kl_coefficient: how much the KL counts now.
         sums: of token values, by name, over what has been trained on since they were last taken.
     """
 
-    def __init__(self, algorithm: Algorithm, config: AlgorithmConfig, policy: CausalLM, peers: Peers) -> None:
-        self.algorithm, self.config, self.policy, self.peers = algorithm, config, policy, peers
+    def __init__(self, algorithm: Algorithm, config: AlgorithmConfig, policy: Policy, parallel: Parallel) -> None:
+        self.algorithm, self.config, self.policy, self.parallel = algorithm, config, policy, parallel
         self.uses_kl = config.kl.coef > 0
-        self.reference = Reference(policy) if self.uses_kl and config.reference.place == "learner" else None
+        self.reference = Reference(policy) if self.uses_kl else None
         self.value = ValueFunction(policy, config.value.model == "own") if algorithm.advantage == "gae" else None
         self.kl_coefficient = KLCoefficient(config.kl.coef, config.kl.target, config.kl.horizon)
         self.kl_in_reward = self.uses_kl and algorithm.kl_placement == "reward"
@@ -51,7 +51,8 @@ class Objective:
         advantage.
         """
         if self.value is not None:
-            self.value.start_at(float(batch.weights.mean()))
+            assert batch.outcomes is not None
+            self.value.start_at(float(batch.outcomes.mean()))
 
     def prepare(self, batch: Batch, updates: int) -> None:
         """Everything that has to be known before the first of a step's updates; fills `batch.tokens`."""
@@ -65,13 +66,14 @@ class Objective:
         # Also where this learner has no rows: the others are to find their part of every sum.
         batch.tokens |= {name: torch.zeros(batch.mask.shape) for name in there if there[name]}
         with torch.no_grad():
-            for part in batch.parts():
-                forward = self.policy.forward(part, batch.temperature)
+            for part in batch.microbatches():
+                temperature = batch.temperature[part.rows]
+                forward = self.policy.forward(part, temperature)
                 batch.put("old_logprobs", part, forward.logprobs)
                 if self.value is not None:
                     batch.put("values", part, self.value.values(part, forward.states))
                 if self.reference is not None:
-                    batch.put(REF_LOGPROBS, part, self.reference.logprobs(part, batch.temperature))
+                    batch.put(REF_LOGPROBS, part, self.reference.logprobs(part, temperature))
 
     def _advantages(self, batch: Batch) -> Tensor:
         """float32 [N, T]; those of the algorithm, with the KL in them where it is part of the reward."""
@@ -81,26 +83,27 @@ class Objective:
             distance = kl(batch.tokens["old_logprobs"], batch.tokens[REF_LOGPROBS], algorithm.kl_estimator)
             penalty = torch.where(mask, self.kl_coefficient.value * distance, 0.0)
         if not algorithm.per_token:
-            weights = batch.weights
+            of_rows = batch.advantages
             if self.kl_in_reward:
                 # These estimators are linear in the reward, so the KL's part can be added afterwards.
-                lost = self.peers.total(penalty.sum(dim=1, dtype=torch.float64))
-                weights = weights - algorithm.estimator(lost, batch.groups, torch.ones_like(batch.mine))
-            advantages = weights.float()[:, None].expand(mask.shape)
+                lost = self.parallel.total(penalty.sum(dim=1, dtype=torch.float64))
+                of_rows = of_rows - algorithm.estimator(lost, batch.groups, torch.ones_like(batch.mine))
+            advantages = of_rows.float()[:, None].expand(mask.shape)
         else:
-            rewards = made.token_rewards(batch.weights.float(), batch.mask) - penalty
+            assert batch.outcomes is not None
+            rewards = made.token_rewards(batch.outcomes.float(), batch.mask) - penalty
             if self.value is None:
                 advantages = made.discounted_returns(rewards, mask, algorithm.gamma)
             else:
                 values = batch.tokens["values"]
                 advantages = made.gae(rewards, values, mask, algorithm.gamma, algorithm.lam)
                 batch.tokens["returns"] = advantages + values
-        return made.whiten(advantages, mask, self.peers.total) if algorithm.whiten else advantages
+        return made.whiten(advantages, mask, self.parallel.total) if algorithm.whiten else advantages
 
-    def loss(self, batch: Batch, part: GroupBatch, divisor: Divisor) -> Tensor:
+    def loss(self, batch: Batch, part: PackedBatch, divisor: Divisor) -> Tensor:
         """The part of an update's loss that a micro-batch makes up: a scalar that sums over them."""
         algorithm, config, device = self.algorithm, self.config, self.policy.device
-        forward = self.policy.forward(part, batch.temperature, entropy=config.entropy_coef > 0)
+        forward = self.policy.forward(part, batch.temperature[part.rows], entropy=config.entropy_coef > 0)
         logprobs, mask = forward.logprobs, batch.take("mask", part, device)
         # In a step's only update the policy that acted is this one: its log-probs are these, without gradient.
         looked_back = "old_logprobs" in batch.tokens
@@ -129,13 +132,13 @@ class Objective:
             loss = loss + config.value.coef * self._value_loss(batch, part, forward.states, mask, divisor)
         return loss
 
-    def _ref_logprobs(self, batch: Batch, part: GroupBatch) -> Tensor:
+    def _ref_logprobs(self, batch: Batch, part: PackedBatch) -> Tensor:
         if REF_LOGPROBS in batch.tokens:
             return batch.take(REF_LOGPROBS, part, self.policy.device)
         assert self.reference is not None
-        return self.reference.logprobs(part, batch.temperature)
+        return self.reference.logprobs(part, batch.temperature[part.rows])
 
-    def _value_loss(self, batch: Batch, part: GroupBatch, states: Tensor, mask: Tensor, divisor: Divisor) -> Tensor:
+    def _value_loss(self, batch: Batch, part: PackedBatch, states: Tensor, mask: Tensor, divisor: Divisor) -> Tensor:
         assert self.value is not None
         old, returns = (batch.take(name, part, self.policy.device) for name in ("values", "returns"))
         loss = value_loss(self.value.values(part, states), old, returns, self.config.value.clip)
@@ -153,9 +156,9 @@ class Objective:
 
         Moves the KL's coefficient, if it has a target, by the mean k3 estimate of `samples` sequences.
         """
-        totals = self.peers.total(torch.stack(list(self.sums.values()))) / tokens
+        totals = self.parallel.total(torch.stack(list(self.sums.values()))) / tokens
         means = dict(zip(self.sums, totals.tolist(), strict=True))
-        means["mismatch/max"] = float(self.peers.highest(self.worst))
+        means["mismatch/max"] = float(self.parallel.highest(self.worst))
         self._clear()
         # Without a second update no ratio has left 1.
         clipped = means.pop("clipped")

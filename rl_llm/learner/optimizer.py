@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,16 +33,34 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
-def learning_rate(config: LearnerConfig, step: int, total: int) -> float:
-    """The rate of update `step` (from 0) of `total`: linear warm-up, then constant, linear or cosine to 0."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = min((step - config.warmup_steps) / max(total - config.warmup_steps, 1), 1.0)
-    if config.schedule == "linear":
-        return config.lr * (1 - progress)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr
+@dataclass
+class Schedule:
+    """The learning rate as a function of the step: linear warm-up, then constant, linear or cosine to 0.
+
+    Attributes:
+        peak: the rate after warm-up; may be changed between two steps.
+        total: steps in all, which linear and cosine end with.
+    """
+
+    peak: float
+    kind: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+    total: int
+
+    @classmethod
+    def of(cls, config: LearnerConfig, total: int) -> "Schedule":
+        return cls(config.lr, config.schedule, config.warmup_steps, total)
+
+    def at(self, step: int) -> float:
+        """The rate of update `step`, from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        progress = min((step - self.warmup_steps) / max(self.total - self.warmup_steps, 1), 1.0)
+        if self.kind == "linear":
+            return self.peak * (1 - progress)
+        if self.kind == "cosine":
+            return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.peak
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,39 +1,30 @@
 """Training before reinforcement learning: self-supervised on text, supervised on targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from rl_llm.config import LearnerConfig, WarmStartConfig
-from rl_llm.learner.optimizer import build_optimizer, learning_rate, set_rate
-from rl_llm.policies import CausalLM
-from rl_llm.policies.packing import Group, microbatches, pack
-
-# Second word of the key of the draws of examples, far above any sample's id and below the ids of evaluation.
-DRAWS = 1 << 61
+from rl_llm.learner.optimizer import Schedule, build_optimizer, set_rate
+from rl_llm.policies import PackedRow, Policy
+from rl_llm.policies.packing import microbatches
+from rl_llm.rng import Purpose, stream
 
 # (prompt tokens, targets as tokens with the end token), one entry a training row.
 Examples = list[tuple[np.ndarray, list[np.ndarray]]]
 
 
 def encode_examples(
-    policy: CausalLM, prompts: list[np.ndarray], targets: list[list[str]], max_target_tokens: int
+    policy: Policy, prompts: Sequence[np.ndarray], targets: Sequence[list[str]], max_target_tokens: int
 ) -> Examples:
-    """Targets as tokens, cut at the limit; those that fit end with the end token, cut ones do not."""
-    tokenizer, end = policy.tokenizer, policy.tokenizer.eos_token_id
-    flat = [text for row in targets for text in row]
-    ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
-    encoded = [[next(ids) for _ in row] for row in targets]
-    return [
-        (prompt, [np.array([*text, end][:max_target_tokens], dtype=np.int64) for text in row])
-        for prompt, row in zip(prompts, encoded, strict=True)
-        if row
-    ]
+    """Targets as the policy's actions, see `Policy.encode_targets`; rows without a target are left out."""
+    encoded = iter(policy.encode_targets([text for row in targets for text in row], max_target_tokens))
+    return [(prompt, [next(encoded) for _ in row]) for prompt, row in zip(prompts, targets, strict=True) if row]
 
 
 def train_supervised(
-    policy: CausalLM,
+    policy: Policy,
     examples: Examples,
     config: WarmStartConfig,
     seed: int,
@@ -60,7 +51,8 @@ def train_supervised(
         lr=config.lr, weight_decay=config.weight_decay, warmup_steps=min(config.warmup_steps, steps), schedule="cosine"
     )
     optimizer = build_optimizer(policy.trainable.values(), settings)
-    generator = np.random.Generator(np.random.Philox(key=[seed, DRAWS + whole_text]))
+    rate = Schedule.of(settings, steps)
+    generator = stream(seed, Purpose.EXAMPLES, int(whole_text))
     trained = 0
     with torch.random.fork_rng(), policy.training(policy.config.dropout):
         torch.manual_seed(seed)
@@ -69,12 +61,11 @@ def train_supervised(
             count = sum(len(group.completions[0]) for group in batch)
             loss = 0.0
             for part in microbatches(batch, settings.tokens_per_microbatch):
-                packed = pack(part)
-                part_loss = -policy.logprobs(packed, 1.0).sum() / count
+                part_loss = -policy.forward(policy.pack(part), 1.0).logprobs.sum() / count
                 part_loss.backward()
                 loss += float(part_loss.detach())
             torch.nn.utils.clip_grad_norm_(policy.trainable.values(), settings.max_grad_norm)
-            set_rate(optimizer, learning_rate(settings, step, steps))
+            set_rate(optimizer, rate.at(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             trained += count
@@ -83,10 +74,10 @@ def train_supervised(
     return trained
 
 
-def _draw(examples: Examples, generator: np.random.Generator, whole_text: bool) -> Group:
+def _draw(examples: Examples, generator: np.random.Generator, whole_text: bool) -> PackedRow:
     prompt, targets = examples[generator.integers(len(examples))]
     target = targets[generator.integers(len(targets))]
     if whole_text:
         text = np.concatenate([prompt, target])
-        return Group((0,), text[:1], (text[1:],))
-    return Group((0,), prompt, (target,))
+        return PackedRow((0,), text[:1], (text[1:],))
+    return PackedRow((0,), prompt, (target,))

@@ -1,5 +1,6 @@
 """A key-value cache made for groups: prompts are read and kept once for all their samples, tokens written in place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class GroupCache(Cache):
             layer.keep(rows)
 
 
-def left_pad(prompts: list[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts as int64 [P, S] ending at the same column, and bool [P, S] marking real tokens."""
     width = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), width), pad_id, dtype=np.int64)

@@ -1,72 +1,47 @@
-"""The transformers engine: its own decode loop on the library's models and cache interface."""
+"""The decode loop of decoder-only models, on the library's models and cache interface."""
+
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_llm.policies import CausalLM
 from rl_llm.policies.cache import GroupCache, left_pad
 from rl_llm.policies.sampling import SamplingParams, draw, uniforms
-from rl_llm.table import make_shard, ragged
 
 # Finished rows are dropped when they are this share of the batch: dropping copies the cache.
 DROP_SHARE = 0.25
 
 
-def generate(
-    policy: CausalLM,
-    prompts: pa.Table,
-    sample_ids: np.ndarray,
-    groups: np.ndarray,
-    params: SamplingParams,
-    version: int,
-) -> pa.Table:
-    """Sample completions for one request.
+class Decoding:
+    """One request while it decodes; call it within `Policy.acting`.
 
     Args:
-        policy: what acts.
-        prompts: `prompt_id`, `prompt`, `prompt_ids`, `field/<name>`; [P] rows.
-        sample_ids, groups: int64 [P * n], of each sample; samples of a prompt stand together.
-        params: how to sample; n is `params.samples_per_prompt`.
-        version: learner updates behind the weights.
+        end_ids: tokens that end a sample.
+        sample_ids: int64 [R]; samples of a prompt stand together.
 
-    Returns:
-        A shard of the rollout table, [P * n] rows.
+    Attributes:
+        tokens, logprobs, log_kept_mass: [R, T], 0 behind a sample's end.
+        lengths: int64 [R].
+        ended: bool [R], whether a sample came to an end by itself.
+        active: the rows still in the batch.
     """
-    with policy.acting():
-        decoding = _Decoding(policy, ragged(prompts["prompt_ids"]), sample_ids, params)
-        decoding.run()
-    lengths = decoding.lengths.tolist()
-    tokens, logprobs, kept = (x.cpu().numpy() for x in (decoding.tokens, decoding.logprobs, decoding.log_kept_mass))
-    texts = policy.tokenizer.batch_decode(
-        [row[:n] for row, n in zip(tokens, lengths, strict=True)], skip_special_tokens=True
-    )
-    columns = {
-        "sample_id": sample_ids,
-        "group": groups,
-        "policy_version": np.full(len(lengths), version),
-        "completion": [_before_stop(text, params.stop) for text in texts],
-        "completion_ids": [row[:n] for row, n in zip(tokens, lengths, strict=True)],
-        "action_mask": [np.ones(n, dtype=bool) for n in lengths],
-        "logprobs": [row[:n] for row, n in zip(logprobs, lengths, strict=True)],
-        "log_kept_mass": [row[:n] for row, n in zip(kept, lengths, strict=True)],
-        "temperature": np.full(len(lengths), params.temperature, dtype=np.float32),
-        "finish": ["stop" if ended else "length" for ended in decoding.ended.tolist()],
-    }
-    return make_shard(prompts, params.samples_per_prompt, columns)
-
-
-class _Decoding:
-    """State of one request while it decodes. Results are [R, T]; `active` are the rows still in the batch."""
 
     def __init__(
-        self, policy: CausalLM, prompts: list[np.ndarray], sample_ids: np.ndarray, params: SamplingParams
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: list[int],
+        prompts: Sequence[np.ndarray],
+        sample_ids: np.ndarray,
+        params: SamplingParams,
     ) -> None:
-        self.policy, self.params, self.prompts = policy, params, prompts
-        rows, steps, device = len(sample_ids), params.max_new_tokens, policy.device
+        self.model, self.tokenizer, self.params, self.prompts = model, tokenizer, params, prompts
+        self.banned = end_ids
+        rows, steps, device = len(sample_ids), params.max_new_tokens, model.device
         self.uniform = uniforms(params.seed, sample_ids, steps) if params.temperature > 0 else torch.zeros(rows, steps)
-        self.end_ids = torch.tensor(policy.end_ids, device=device)
+        self.end_ids = torch.tensor(end_ids, device=device)
         self.tokens = torch.zeros(rows, steps, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, steps, device=device)
         self.log_kept_mass = torch.zeros(rows, steps, device=device)
@@ -75,9 +50,9 @@ class _Decoding:
         self.active = torch.arange(rows, device=device)
 
     def run(self) -> None:
-        params, device = self.params, self.policy.device
-        cache = GroupCache(self.policy.lm.config.num_hidden_layers)
-        ids, real = left_pad(self.prompts, self.policy.tokenizer.eos_token_id)
+        params, device = self.params, self.model.device
+        cache = GroupCache(self.model.config.num_hidden_layers)
+        ids, real = left_pad(self.prompts, self.tokenizer.eos_token_id)
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         logits = self._forward(ids.to(device), prefill_mask(real).to(device), positions.to(device), cache)
         n = params.samples_per_prompt
@@ -93,7 +68,7 @@ class _Decoding:
                 logits,
                 self.uniform[self.active.cpu(), step],
                 params,
-                banned=self.policy.end_ids if step < params.min_new_tokens else [],
+                banned=self.banned if step < params.min_new_tokens else [],
             )
             self._record(step, drawn.tokens, drawn.logprobs, drawn.log_kept_mass)
             running = ~self.ended[self.active]
@@ -109,7 +84,7 @@ class _Decoding:
             logits = self._forward(tokens[:, None], mask, (start + step)[:, None], cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
-        out = self.policy.lm(
+        out = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
@@ -136,7 +111,7 @@ class _Decoding:
         # A stop string is spelled by at most its number of bytes in tokens, however the tokenizer cuts it.
         tail = max(len(stop.encode()) for stop in self.params.stop) + 1
         # With special tokens, as a stop string may be one: the completion's text, without them, ends there by itself.
-        texts = self.policy.tokenizer.batch_decode(self.tokens[rows, max(length - tail, 0) : length])
+        texts = self.tokenizer.batch_decode(self.tokens[rows, max(length - tail, 0) : length])
         found = [any(stop in text for stop in self.params.stop) for text in texts]
         self.ended[rows] |= torch.tensor(found, device=self.ended.device)
 
@@ -146,8 +121,3 @@ def prefill_mask(real: Tensor) -> Tensor:
     length = real.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     return ((causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool))[:, None]
-
-
-def _before_stop(text: str, stops: tuple[str, ...]) -> str:
-    """The text up to the first stop string in it."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

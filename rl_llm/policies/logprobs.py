@@ -15,7 +15,7 @@ _CPU_BLOCK, _GPU_BLOCK = 2**20, 2**26
 
 
 def chosen_logprobs(
-    states: Tensor, weight: Tensor, targets: Tensor, scale: float, entropy: bool
+    states: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(scale * states @ weight.T), and that distribution's entropy.
 
@@ -23,18 +23,21 @@ def chosen_logprobs(
 
     Args:
         states: [N, H]; weight: [V, H]; targets: int64 [N].
+        scale: one for all, or [N].
         entropy: without it the second value is empty.
 
     Returns:
         float32 [N] each, in nats.
     """
-    return _ChosenLogprobs.apply(states, weight, targets, scale, entropy)
+    scales = torch.as_tensor(scale, dtype=torch.float32).expand(len(targets))
+    scaled = not bool((scales == 1).all())  # asked where it lies, on the CPU: most often nothing has to be multiplied
+    return _ChosenLogprobs.apply(states, weight, targets, scales.to(states.device)[:, None], scaled, entropy)
 
 
 class _ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, scale: float, entropy: bool
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, scaled: bool, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -48,12 +51,12 @@ class _ChosenLogprobs(torch.autograd.Function):
             logits = torch.mm(x[part], w.t(), out=None if error is None else error[part])
             for rows in _slices(len(logits), (_CPU_BLOCK if device == "cpu" else _GPU_BLOCK) // vocab):
                 block = logits[rows].float()
-                if scale != 1:
-                    block *= scale
+                to = slice(part.start + rows.start, part.start + rows.start + len(block))
+                if scaled:
+                    block *= scale[to]
                 p = block.softmax(dim=1)
                 # The most likely token's p is never too small for its logarithm.
                 total = block.amax(dim=1) - p.amax(dim=1).log()
-                to = slice(part.start + rows.start, part.start + rows.start + len(block))
                 chosen[to] = block.gather(1, targets[to, None]).squeeze(1) - total
                 if entropy:
                     entropies[to] = total - (p * block).sum(dim=1)
@@ -83,7 +86,7 @@ class _ChosenLogprobs(torch.autograd.Function):
             grad_states = ((error @ w).float() * factor).to(states_dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = (error.t() @ (x.float() * factor).to(x.dtype)).to(weight_dtype)
-        return grad_states, grad_weight, None, None, None
+        return grad_states, grad_weight, None, None, None, None
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -104,7 +104,7 @@ class GroupBatch:
 
 
 @dataclass(frozen=True)
-class Group:
+class PackedRow:
     """Samples of one prompt: their rows in the step's batch and their tokens."""
 
     rows: tuple[int, ...]
@@ -116,19 +116,21 @@ class Group:
         return len(self.prompt) + sum(len(c) for c in self.completions)
 
 
-def make_groups(
+def make_rows(
     group_ids: Sequence[int], prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray], budget: int
-) -> list[Group]:
+) -> list[PackedRow]:
     """Rows gathered by group, those above the token budget cut; rows without tokens are left out."""
     members: dict[int, list[int]] = {}
     for row, group in enumerate(group_ids):
         if len(completions[row]):
             members.setdefault(int(group), []).append(row)
-    wholes = (Group(tuple(rows), prompts[rows[0]], tuple(completions[r] for r in rows)) for rows in members.values())
-    return [part for whole in wholes for part in cut(whole, budget)]
+    wholes = (
+        PackedRow(tuple(rows), prompts[rows[0]], tuple(completions[r] for r in rows)) for rows in members.values()
+    )
+    return [part for whole in wholes for part in cut_row(whole, budget)]
 
 
-def cut(group: Group, budget: int) -> list[Group]:
+def cut_row(group: PackedRow, budget: int) -> list[PackedRow]:
     """The group in as few parts as the token budget takes, each with the prompt and at least one completion."""
     starts, size = [0], len(group.prompt)
     for at, completion in enumerate(group.completions):
@@ -137,12 +139,12 @@ def cut(group: Group, budget: int) -> list[Group]:
             size = len(group.prompt)
         size += len(completion)
     ends = [*starts[1:], len(group.rows)]
-    return [Group(group.rows[a:b], group.prompt, group.completions[a:b]) for a, b in zip(starts, ends, strict=True)]
+    return [PackedRow(group.rows[a:b], group.prompt, group.completions[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def microbatches(groups: list[Group], budget: int) -> list[list[Group]]:
+def microbatches(groups: list[PackedRow], budget: int) -> list[list[PackedRow]]:
     """Groups of similar length together, as many as fit the token budget with padding counted; at least one each."""
-    batches: list[list[Group]] = []
+    batches: list[list[PackedRow]] = []
     longest = 0
     for group in sorted(groups, key=lambda g: (-g.tokens, g.rows)):
         if batches and longest * (len(batches[-1]) + 1) <= budget:
@@ -153,7 +155,7 @@ def microbatches(groups: list[Group], budget: int) -> list[list[Group]]:
     return batches
 
 
-def pack(groups: list[Group]) -> GroupBatch:
+def pack(groups: Sequence[PackedRow]) -> GroupBatch:
     """Lay out groups as one padded batch."""
     width = max(group.tokens for group in groups)
     samples = [completion for group in groups for completion in group.completions]

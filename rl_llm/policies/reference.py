@@ -1,15 +1,13 @@
 """The reference policy that a KL holds the policy to."""
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rl_llm.policies.causal_lm import CausalLM
-from rl_llm.policies.packing import GroupBatch, make_groups, microbatches, pack
-from rl_llm.table import ragged
+from rl_llm.policies.base import PackedBatch, Policy
 
 
 class Reference:
@@ -19,46 +17,44 @@ class Reference:
     copy of what trains, over what does not.
     """
 
-    def __init__(self, policy: CausalLM, learns: bool = True) -> None:
-        """`policy` has the weights of the first policy, unless it has an adapter, which then may be anywhere.
-
-        `learns`: its weights will be others, so that they have to be copied.
-        """
+    def __init__(self, policy: Policy) -> None:
+        """`policy` has the weights of the first policy, unless it has an adapter, which then may be anywhere."""
         self._policy = policy
-        self._copy: CausalLM | None = None
-        if policy.config.trainable != "lora":
-            self._copy = self._clone() if learns else policy
+        self._copy = None if policy.config.trainable == "lora" else _frozen(policy)
+        self._refreshed = False
 
-    def logprobs(self, batch: GroupBatch, temperature: float) -> Tensor:
+    def logprobs(self, batch: PackedBatch, temperature: Tensor) -> Tensor:
         """float32 [R, T], without gradient."""
         with torch.no_grad():
             if self._copy is not None:
-                return self._copy.logprobs(batch, temperature)
+                return self._copy.forward(batch, temperature).logprobs
             with self._adapter_off():
-                return self._policy.logprobs(batch, temperature)
+                return self._policy.forward(batch, temperature).logprobs
 
-    def score(self, shard: pa.Table, budget: int) -> list[np.ndarray]:
-        """Log-probs of the completions of a rollout table, float32 [length] each; `budget` tokens a forward."""
-        completions = ragged(shard["completion_ids"])
-        groups = make_groups(shard["group"].to_pylist(), ragged(shard["prompt_ids"]), completions, budget)
-        temperature = float(shard["temperature"][0].as_py()) or 1.0
-        out = [np.zeros(len(completion), dtype=np.float32) for completion in completions]
-        for part in microbatches(groups, budget):
-            batch = pack(part)
-            scored = self.logprobs(batch, temperature).cpu().numpy()
-            for row, values in zip(batch.rows.tolist(), scored, strict=True):
-                out[row] = values[: len(out[row])]
-        return out
+    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+        """Become the policy that has these weights, by name."""
+        self._copy = self._copy or _frozen(self._policy)
+        self._copy.load_named(weights.items())
+        self._refreshed = True
 
-    def refresh(self, weights: np.ndarray) -> None:
-        """Become the policy that has these weights, see `CausalLM.export_weights`."""
-        self._copy = self._copy or self._clone()
-        self._copy.load_weights(weights)
+    def restart(self, first: Policy) -> None:
+        """Become the first policy again, which is given once more: a refresh has overwritten its copy."""
+        self._refreshed = False
+        if self._policy.config.trainable == "lora":
+            self._copy = None
+        elif self._copy is not None:
+            self._copy.load_named(first.named_weights().items())
 
-    def _clone(self) -> CausalLM:
-        twin = self._policy.clone()
-        twin.model.requires_grad_(False)
-        return twin
+    def named_weights(self) -> dict[str, Tensor]:
+        """The weights of the last refresh; none where it is still the first policy."""
+        return self._copy.named_weights() if self._copy is not None and self._refreshed else {}
 
     def _adapter_off(self) -> contextlib.AbstractContextManager:
-        return self._policy.model.disable_adapter()  # type: ignore[operator]
+        model: Any = self._policy.model
+        return model.disable_adapter()
+
+
+def _frozen(policy: Policy) -> Policy:
+    twin = policy.clone()
+    twin.model.requires_grad_(False)
+    return twin

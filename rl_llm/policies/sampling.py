@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl_llm import rng
 from rl_llm.config import RolloutConfig
 
 _BLOCK = 256
@@ -44,7 +45,7 @@ def uniforms(seed: int, sample_ids: np.ndarray, length: int) -> Tensor:
 
     Which worker draws them, in which batch, makes no difference.
     """
-    rows = [np.random.Generator(np.random.Philox(key=[seed, int(i)])).random(length) for i in sample_ids]
+    rows = [rng.keyed(seed, int(i)).random(length) for i in sample_ids]
     return torch.from_numpy(np.stack(rows))
 
 

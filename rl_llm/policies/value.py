@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from rl_llm.policies.causal_lm import CausalLM
-from rl_llm.policies.packing import GroupBatch
+from rl_llm.policies.base import PackedBatch, Policy
 
 
 class ValueFunction:
-    """One number for each state that a completion token is chosen in: a linear head on a trunk.
+    """One number for each state that an action is chosen in: a linear head on a trunk.
 
     Attributes:
         trunk: a model of its own, which learns too; None where the head reads the policy's states.
@@ -16,9 +15,9 @@ class ValueFunction:
             bias.
     """
 
-    def __init__(self, policy: CausalLM, own: bool) -> None:
+    def __init__(self, policy: Policy, own: bool) -> None:
         self.trunk = policy.clone() if own else None
-        self.head = nn.Linear(policy.lm.config.hidden_size, 1, device=policy.device)
+        self.head = nn.Linear(policy.hidden_size, 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         trunk = {} if self.trunk is None else self.trunk.trainable
@@ -31,8 +30,8 @@ class ValueFunction:
         """Make `value` that of every state; for a head that has learned nothing."""
         nn.init.constant_(self.head.bias, value)
 
-    def values(self, batch: GroupBatch, states: Tensor) -> Tensor:
-        """float32 [R, T], 0 where there is no token; `states` [N, H] are the policy's, see `Forward`."""
+    def values(self, batch: PackedBatch, states: Tensor) -> Tensor:
+        """float32 [R, T], 0 where there is no action; `states` [N, H] are the policy's, see `Forward`."""
         if self.trunk is not None:
             states = self.trunk.states(batch)
         # In fp32: autocast would round values that are near to each other to one.

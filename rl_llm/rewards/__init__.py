@@ -1,9 +1,8 @@
-"""Rewards: components, their registry, and the mixture. Importing this registers the built-in components."""
+"""Rewards: components, their registry, what becomes of failures. Importing this registers the built-in ones."""
 
-from rl_llm.mixture import Mixed, Mixture
 from rl_llm.rewards.answers import exact_match, token_f1
 from rl_llm.rewards.component import FAILED, GIVE_UP_AFTER, Component, Scores, deadline_s
-from rl_llm.rewards.failures import RewardFailed, Settled, apply_policy, filled, settle
+from rl_llm.rewards.failures import Resolved, RewardFailed, apply_failure_policies, apply_failure_policy, imputed
 from rl_llm.rewards.form import Length, regex, vocab
 from rl_llm.rewards.overlap import bleu, chrf, rouge, ter
 from rl_llm.rewards.registry import Registered, known, resolve, reward
@@ -15,26 +14,24 @@ __all__ = [
     "GIVE_UP_AFTER",
     "Component",
     "Length",
-    "Mixed",
-    "Mixture",
     "Registered",
+    "Resolved",
     "RewardFailed",
     "RewardWorker",
     "Scores",
-    "Settled",
-    "apply_policy",
+    "apply_failure_policies",
+    "apply_failure_policy",
     "bleu",
     "chrf",
     "deadline_s",
     "exact_match",
-    "filled",
+    "imputed",
     "known",
     "regex",
     "resolve",
     "reward",
     "rouge",
     "sentiment",
-    "settle",
     "ter",
     "token_f1",
     "vocab",

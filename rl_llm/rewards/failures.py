@@ -27,7 +27,7 @@ class RewardFailed(RunFailed):
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A component's values after its failure policy.
 
     Attributes:
@@ -42,7 +42,9 @@ class Settled:
     failures: list[dict[str, Any]]
 
 
-def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids: np.ndarray, step: int) -> Settled:
+def apply_failure_policy(
+    name: str, config: ComponentConfig, scores: Scores, prompt_ids: np.ndarray, step: int
+) -> Resolved:
     """Apply a component's `on_failure` to its scores of a whole step.
 
     Args:
@@ -78,10 +80,10 @@ def apply_policy(name: str, config: ComponentConfig, scores: Scores, prompt_ids:
         raise RewardFailed(
             f"component {name!r} failed on {rows} of {applicable} rows ({limit}): {failures[0]['message']}", failures
         )
-    return Settled(filled(config, scores), scores.status, failures)
+    return Resolved(imputed(config, scores), scores.status, failures)
 
 
-def filled(config: ComponentConfig, scores: Scores) -> np.ndarray:
+def imputed(config: ComponentConfig, scores: Scores) -> np.ndarray:
     """Scores with failed rows imputed where that is the policy: float64 [N], NaN where a row has no value."""
     values = np.array([np.nan if value is None else value for value in scores.values], dtype=np.float64)
     if config.impute is not None:
@@ -89,25 +91,25 @@ def filled(config: ComponentConfig, scores: Scores) -> np.ndarray:
     return values
 
 
-def settle(
+def apply_failure_policies(
     configs: Mapping[str, ComponentConfig],
     scores: Mapping[str, Scores],
     prompt_ids: np.ndarray,
     step: int,
     note: Callable[[dict[str, Any]], None],
-) -> dict[str, Settled]:
-    """`apply_policy` for each of `configs`, raising as it does; `note` gets every failure, the fatal ones too."""
-    settled = {}
+) -> dict[str, Resolved]:
+    """`apply_failure_policy` for each of `configs`, raising as it does; `note` gets every failure, fatal ones too."""
+    resolved = {}
     for name, config in configs.items():
         try:
-            settled[name] = apply_policy(name, config, scores[name], prompt_ids, step)
+            resolved[name] = apply_failure_policy(name, config, scores[name], prompt_ids, step)
         except RewardFailed as error:
             for record in error.failures:
                 note(record)
             raise
-        for record in settled[name].failures:
+        for record in resolved[name].failures:
             note(record)
-    return settled
+    return resolved
 
 
 def _first_message(errors: list[str], kind: str) -> str:

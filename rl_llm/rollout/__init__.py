@@ -1,6 +1,6 @@
-"""Sampling: engines that decode, and the worker that answers requests with one."""
+"""From a request to a shard: engines that sample, and the worker that answers with one."""
 
-from rl_llm.policies.sampling import SamplingParams
-from rl_llm.rollout.worker import RolloutRequest, RolloutWorker
+from rl_llm.rollout.engines import ENGINES, Engine, LocalEngine
+from rl_llm.rollout.worker import RolloutRequest, RolloutWorker, sample_shard
 
-__all__ = ["RolloutRequest", "RolloutWorker", "SamplingParams"]
+__all__ = ["ENGINES", "Engine", "LocalEngine", "RolloutRequest", "RolloutWorker", "sample_shard"]

@@ -1,4 +1,4 @@
-"""The rollout worker: a policy replica that answers sampling requests."""
+"""The rollout worker: answers sampling requests with an engine, a shard of the rollout table each."""
 
 from dataclasses import dataclass
 
@@ -7,61 +7,59 @@ import pyarrow as pa
 import torch
 
 from rl_llm.config import RunConfig
-from rl_llm.policies import CausalLM, Reference
-from rl_llm.policies.decoding import generate
-from rl_llm.policies.sampling import SamplingParams
-from rl_llm.table import REF_LOGPROBS, float_lists, summarize
+from rl_llm.policies import Policy, SamplingParams
+from rl_llm.rollout.engines import Engine, engine_maker
+from rl_llm.runtime.weights import WeightChannel, Weights
+from rl_llm.table import make_shard, ragged, summarize
 
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What to sample: prompts [P], ids and groups of their samples [P * n], how, and with which weights' version.
-
-    `reference` is the version of the reference policy that scores the samples too, None for no score.
-    """
+    """What to sample: prompts [P], ids and groups of their samples [P * n], how, and with which weights."""
 
     prompts: pa.Table
     sample_ids: np.ndarray
     groups: np.ndarray
     params: SamplingParams
-    version: int
-    reference: int | None = None
+    weights: Weights
 
 
 class RolloutWorker:
-    """Samples with its own replica of the policy, or with the learner's where both live in one process."""
+    """An engine of its own, or one on the learner's policy where both live in one process."""
 
-    def __init__(self, config: RunConfig, base: str, shared: CausalLM | None = None) -> None:
+    def __init__(self, config: RunConfig, base: str, channel: WeightChannel, shared: Policy | None = None) -> None:
         torch.set_num_threads(config.resources.threads)
-        self.config = config
-        self.policy = shared or CausalLM(base, config.policy)
-        # The base folder's own weights are version 0 only in a fresh run: a replica starts without a version.
-        self.version: int | None = None
-        self.reference: Reference | None = None
-        self.reference_version = 0
-        if config.algorithm.kl.coef and config.algorithm.reference.place == "rollout":
-            # A shared policy may have been trained already: its first weights are read anew.
-            anew = shared is not None and config.policy.trainable != "lora"
-            self.reference = Reference(CausalLM(base, config.policy) if anew else self.policy, learns=not anew)
+        self.engine = engine_maker(config.rollout.engine)(config, base, channel, shared)
 
-    def sample(
-        self, request: RolloutRequest, weights: np.ndarray | None, reference: np.ndarray | None = None
-    ) -> tuple[pa.Table, pa.Table]:
-        """The summary and the shard of a request.
+    def close(self) -> None:
+        self.engine.close()
 
-        `weights` are those of `request.version`, taken in if this replica has others; None where the policy is shared.
-        `reference` are those of `request.reference`; None for the first policy's.
-        """
-        if weights is not None and self.version != request.version:
-            self.policy.load_weights(weights)
-            self.version = request.version
-        shard = generate(
-            self.policy, request.prompts, request.sample_ids, request.groups, request.params, request.version
-        )
-        if request.reference is not None and self.reference is not None:
-            if reference is not None and self.reference_version != request.reference:
-                self.reference.refresh(reference)
-                self.reference_version = request.reference
-            scored = self.reference.score(shard, self.config.learner.tokens_per_microbatch)
-            shard = shard.append_column(REF_LOGPROBS, float_lists(scored))
+    def sample(self, request: RolloutRequest) -> tuple[pa.Table, pa.Table]:
+        """The summary and the shard of a request."""
+        shard = sample_shard(self.engine, request)
         return summarize(shard), shard
+
+
+def sample_shard(engine: Engine, request: RolloutRequest) -> pa.Table:
+    """What an engine does on a request, with the weights it names, as a shard of the rollout table."""
+    params, weights = request.params, request.weights
+    engine.load(weights)
+    actions = engine.generate(ragged(request.prompts["prompt_ids"]), request.sample_ids, params)
+    columns = {
+        "sample_id": request.sample_ids,
+        "group": request.groups,
+        "policy_version": np.full(len(actions.ids), weights.step),
+        "completion": [_before_stop(text, params.stop) for text in actions.texts],
+        "completion_ids": actions.ids,
+        "action_mask": [np.ones(len(ids), dtype=bool) for ids in actions.ids],
+        "logprobs": actions.logprobs,
+        "log_kept_mass": actions.log_kept_mass,
+        "temperature": np.full(len(actions.ids), params.temperature, dtype=np.float32),
+        "finish": actions.finish,
+    }
+    return make_shard(request.prompts, params.samples_per_prompt, columns)
+
+
+def _before_stop(text: str, stops: tuple[str, ...]) -> str:
+    """The text up to the first stop string in it."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

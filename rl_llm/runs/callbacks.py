@@ -1,9 +1,11 @@
-"""Who follows a run: the base class of everything that does."""
+"""Who follows a run: the base class of everything that does, and the one channel its events go out on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rl_llm.config import RunConfig
+from rl_llm.mixture import Mixture
 
 
 class TrainerView(Protocol):
@@ -20,6 +22,14 @@ class TrainerView(Protocol):
     def steps_done(self) -> int:
         """Steps finished so far; above 0 in `on_start` when a run resumes."""
 
+    @property
+    def mixture(self) -> Mixture:
+        """The reward weights; `mixture.set_weight` changes one between two steps."""
+
+    @property
+    def state(self) -> Any:
+        """What a checkpoint holds of the trainer, a `TrainerState`: `before`, `progress`, `utility`, ..."""
+
 
 class Callback:
     """Base class for whatever wants to follow a run; override what you need, the rest does nothing.
@@ -28,7 +38,8 @@ class Callback:
     is not caught: it ends the run with status "failed", everything up to the last checkpoint being kept.
 
     A run that is killed and resumed calls `on_start` again with `trainer.steps_done` above 0, and repeats the steps
-    after its last checkpoint with the same numbers. A callback that keeps its own record must drop those first.
+    after its last checkpoint with the same numbers. So does a trainer that goes on from another checkpoint, or with
+    another config in another directory. A callback that keeps its own record must drop the later steps first.
 
     Example:
         class StopWhenShort(rl_llm.Callback):
@@ -54,8 +65,32 @@ class Callback:
         `{"prompt", "completion", "rewards": {name: value or None}}`.
         """
 
+    def on_failure(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        """When reward rows failed. `record` is the line of failures.jsonl: `component`, `status`, `outcome`, ..."""
+
     def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
         """After a checkpoint folder is complete on disk."""
 
+    def on_message(self, text: str) -> None:
+        """A line about the run for whoever watches it; also before it starts and after its end."""
+
     def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
         """After the last step, however the run ended. `summary` is summary.json: `status`, `reason`, `steps`, ..."""
+
+
+class Callbacks:
+    """Sends every event of a run to all who follow it, in their order."""
+
+    def __init__(self, members: Sequence[Callback]) -> None:
+        self.members = list(members)
+        self._started: list[Callback] = []
+
+    def emit(self, event: str, *args: Any) -> None:
+        """Call the method `event` of everybody. `on_end` goes to those only who have started."""
+        for member in list(self._started if event == "on_end" else self.members):
+            getattr(member, event)(*args)
+            if event == "on_start" and member not in self._started:
+                self._started.append(member)
+
+    def message(self, text: str) -> None:
+        self.emit("on_message", text)

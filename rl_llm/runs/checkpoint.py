@@ -11,10 +11,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 MANIFEST = "manifest.json"
-STATE = "state.json"
 
 
 def step_name(step: int) -> str:
@@ -36,14 +34,6 @@ def writing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     _sync(folder.parent)
-
-
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    (folder / STATE).write_text(json.dumps(state, indent=1))
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text())
 
 
 def damage(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from rl_llm.runs.callbacks import Callback, TrainerView
 from rl_llm.runs.text import is_number, one_line, printable, prompt_text, short, sparkline
 
 HISTORY = 30  # steps in a sparkline
@@ -30,26 +31,27 @@ def make_console(console: rich.console.Console | None = None) -> "Console":
     return Console() if plain or console.is_jupyter or not console.is_terminal else LiveConsole(console)
 
 
-class Console:
+class Console(Callback):
     """Plain lines on standard output, for pipes, logs, notebooks and debuggers."""
 
-    def start(self, plan: list[str], steps: int, done: int = 0) -> None:
-        """Show what the run is about to do: `steps` planned in all, `done` of them behind a resumed run."""
-        self.steps = steps
-        for line in plan:
-            self.message(line)
+    def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
+        self.on_message(step_line(metrics, trainer.config.trainer.steps))
 
-    def step(self, metrics: dict[str, Any]) -> None:
-        """Show a line of metrics.jsonl."""
-        self.message(step_line(metrics, self.steps))
+    def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
+        for text in evaluation_lines(evaluation):
+            self.on_message(text)
 
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """Show a line of eval.jsonl with its samples."""
-        for text in evaluation_lines(line):
-            self.message(text)
+    def on_failure(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        if record["outcome"] != "raise":  # what is raised is shown as what ended the run
+            rows = f"{record['rows']} row{'s' if record['rows'] > 1 else ''}"
+            what = {"mask": "masked", "impute": "imputed", "retried": "fine one by one"}[record["outcome"]]
+            self.on_message(f"{record['component']}: {rows} {what}, {record['status']}: {record['message']}")
 
-    def message(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         print(printable(text), flush=True)
+
+    def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give the terminal back; safe to call twice."""
@@ -62,14 +64,14 @@ class LiveConsole(Console):
         self._console = console
         self._live: Live | None = None
 
-    def start(self, plan: list[str], steps: int, done: int = 0) -> None:
-        super().start(plan, steps, done)
+    def on_start(self, trainer: TrainerView) -> None:
+        self.close()
         self._history: dict[str, deque[float]] = {}
         self._failures: dict[str, int] = {}
         self._metrics: dict[str, Any] = {}
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console)
-        self._bar = self._progress.add_task("", total=steps, completed=done)
+        self._bar = self._progress.add_task("", total=trainer.config.trainer.steps, completed=trainer.steps_done)
         # No refresh from a thread: whatever a reward does with the terminal, nothing redraws until the step is over.
         self._live = Live(self._render(), console=self._console, auto_refresh=False)
         self._live.start(refresh=True)
@@ -81,9 +83,9 @@ class LiveConsole(Console):
         self.close()
         pdb.Pdb(skip=[__name__]).set_trace()
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
         if not self._live:
-            super().step(metrics)
+            super().on_step(trainer, metrics)
             return
         self._metrics.update(metrics)
         for name, value in metrics.items():
@@ -94,15 +96,15 @@ class LiveConsole(Console):
         self._progress.update(self._bar, completed=metrics["step"])
         self._refresh()
 
-    def evaluation(self, line: dict[str, Any]) -> None:
-        super().evaluation(line)
-        if line["split"] == "tune":
-            utility = (line["metrics"].get("utility") or {}).get("mean")
+    def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
+        super().on_evaluation(trainer, evaluation)
+        if evaluation["split"] == "tune" and self._live:
+            utility = (evaluation["metrics"].get("utility") or {}).get("mean")
             self._metrics["utility"] = utility
             self._remember({"utility": utility})
             self._refresh()
 
-    def message(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self._console.print(Text(printable(text)))
 
     def close(self) -> None:

@@ -34,7 +34,12 @@ def sinks(config: LoggingConfig) -> list[Callback]:
 class TensorBoard(Callback):
     """Scalars and sample completions in `tensorboard/` of the run directory."""
 
+    def __init__(self) -> None:
+        self._writer: Any = None
+
     def on_start(self, trainer: TrainerView) -> None:
+        if self._writer is not None:
+            self._writer.close()
         # Steps that a resumed run repeats are in the earlier event file already; purge_step makes readers drop them.
         purge = trainer.steps_done + 1 if trainer.steps_done else None
         # File names hold only the second; the suffix keeps a quick resume from writing over the earlier file.
@@ -67,8 +72,11 @@ class WandB(Callback):
     def __init__(self, project: str) -> None:
         self._wandb = _installed("wandb", "logging.wandb_project")
         self._project = project
+        self._run: Any = None
 
     def on_start(self, trainer: TrainerView) -> None:
+        if self._run is not None:
+            self._run.finish()
         noted = trainer.path / "wandb_run_id.txt"
         self._run = self._wandb.init(
             project=self._project,
@@ -100,13 +108,17 @@ class MLflow(Callback):
     def __init__(self, experiment: str) -> None:
         self._mlflow = _installed("mlflow", "logging.mlflow_experiment")
         self._experiment = experiment
+        self._open = False
 
     def on_start(self, trainer: TrainerView) -> None:
+        if self._open:
+            self._mlflow.end_run()
         noted = trainer.path / "mlflow_run_id.txt"
         self._mlflow.set_experiment(self._experiment)
         resumed = noted.read_text() if trainer.steps_done and noted.is_file() else None
         run = self._mlflow.start_run(run_id=resumed, run_name=trainer.path.name)
         noted.write_text(run.info.run_id)
+        self._open = True
         self._mlflow.log_dict(yaml.safe_load(trainer.config.to_yaml()), "config.yaml")
 
     def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:

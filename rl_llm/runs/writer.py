@@ -1,72 +1,64 @@
 """The run directory as it is written: metrics, evaluations, failures, rollout tables, summary."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_llm.runs.checkpoint import step_name
-from rl_llm.runs.console import Console
 from rl_llm.runs.callbacks import Callback, TrainerView
+from rl_llm.runs.checkpoint import step_name
 from rl_llm.runs.jsonl import JsonlWriter, to_json
 
 
-class Journal:
-    """Writes what a run does to its directory, its console and its callbacks.
+class RunWriter(Callback):
+    """Writes what a run does to its directory. Lines of steps that are still to come are dropped on starting."""
 
-    Args:
-        path: the run directory.
-        last_step: up to here lines are kept; later ones are dropped, a resumed run writes them again. -1: new.
-        keep_rollouts: rollout tables to keep.
-    """
+    def __init__(self) -> None:
+        self._files: dict[str, JsonlWriter] = {}
 
-    def __init__(
-        self, path: Path, last_step: int, keep_rollouts: int, console: Console, callbacks: Sequence[Callback]
-    ) -> None:
-        self.path, self.console, self.callbacks = path, console, callbacks
-        self._keep_rollouts = keep_rollouts
-        (path / "rollouts").mkdir(parents=True, exist_ok=True)
-        self._metrics = JsonlWriter(path / "metrics.jsonl", last_step)
-        self._evaluations = JsonlWriter(path / "eval.jsonl", last_step)
-        self._failures = JsonlWriter(path / "failures.jsonl", last_step)
-        for table in self._rollouts():
-            if table.stem > step_name(max(last_step, 0)):
+    def on_start(self, trainer: TrainerView) -> None:
+        self.close()
+        # What is measured before the first step is kept as soon as a checkpoint has it.
+        kept = trainer.steps_done if trainer.state.before else -1
+        trainer.path.mkdir(parents=True, exist_ok=True)
+        self._files = {
+            name: JsonlWriter(trainer.path / f"{name}.jsonl", kept) for name in ("metrics", "eval", "failures")
+        }
+        for table in _rollout_tables(trainer.path):
+            if table.stem > step_name(max(kept, 0)):
                 table.unlink()
 
-    def _rollouts(self) -> list[Path]:
-        return sorted((self.path / "rollouts").glob("step-*.parquet"))
+    def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
+        self._files["metrics"].write(metrics)
 
-    def rollout_path(self, step: int) -> str | None:
-        """Where the rollout table of a step goes, with the oldest one making room; None where none are kept."""
-        if self._keep_rollouts == 0:
-            return None
-        kept = self._rollouts()
-        for old in kept[: max(len(kept) - self._keep_rollouts + 1, 0)]:
-            old.unlink()
-        return str(self.path / "rollouts" / f"{step_name(step)}.parquet")
+    def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
+        self._files["eval"].write(evaluation)
 
-    def step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
-        self._metrics.write(metrics)
-        self.console.step(metrics)
-        for callback in self.callbacks:
-            callback.on_step(trainer, metrics)
+    def on_failure(self, trainer: TrainerView, record: dict[str, Any]) -> None:
+        self._files["failures"].write(record)
 
-    def evaluation(self, trainer: TrainerView, line: dict[str, Any]) -> None:
-        self._evaluations.write(line)
-        self.console.evaluation(line)
-        for callback in self.callbacks:
-            callback.on_evaluation(trainer, line)
-
-    def failure(self, record: dict[str, Any]) -> None:
-        self._failures.write(record)
-        if record["outcome"] != "raise":
-            rows = f"{record['rows']} row{'s' if record['rows'] > 1 else ''}"
-            what = {"mask": "masked", "impute": "imputed", "retried": "fine one by one"}[record["outcome"]]
-            self.console.message(f"{record['component']}: {rows} {what}, {record['status']}: {record['message']}")
-
-    def summary(self, summary: dict[str, Any]) -> None:
-        (self.path / "summary.json").write_text(to_json(summary) + "\n", encoding="utf-8")
+    def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
+        write_summary(trainer.path, summary)
+        self.close()
 
     def close(self) -> None:
-        for writer in (self._metrics, self._evaluations, self._failures):
-            writer.close()
-        self.console.close()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+
+def write_summary(run: Path, summary: dict[str, Any]) -> None:
+    (run / "summary.json").write_text(to_json(summary) + "\n", encoding="utf-8")
+
+
+def rollout_table(run: Path, step: int, keep: int) -> Path | None:
+    """Where the rollout table of a step goes, with the oldest making room; None where none are kept."""
+    if keep == 0:
+        return None
+    (run / "rollouts").mkdir(parents=True, exist_ok=True)
+    kept = _rollout_tables(run)
+    for old in kept[: max(len(kept) - keep + 1, 0)]:
+        old.unlink()
+    return run / "rollouts" / f"{step_name(step)}.parquet"
+
+
+def _rollout_tables(run: Path) -> list[Path]:
+    return sorted((run / "rollouts").glob("step-*.parquet"))

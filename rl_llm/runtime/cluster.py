@@ -1,14 +1,9 @@
-"""Ray: a cluster to join or start, room in it for a run's actors, and one worker process as an actor.
-
-All that talks to Ray on behalf of the pool is here; a run without actors never imports it.
-"""
+"""Ray: a cluster to join or start, and room in it for a run's actors. A run without actors never imports this."""
 
 import logging
 import math
 import os
-import re
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -22,17 +17,6 @@ from rl_llm.errors import UserError
 KINDS = ("learner", "rollout_worker", "reward_worker")
 SMALL_MACHINE = 32 * 2**30
 PROBE_S = 10.0
-
-# Each says that the process is gone, or what it was given: another try elsewhere may do.
-_GONE = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.ActorPlacementGroupRemoved,
-    ray.exceptions.ActorUnschedulableError,
-)
 
 
 def connect(resources: ResourcesConfig) -> bool:
@@ -169,103 +153,3 @@ class Placement:
 
 def _amounts(bundle: dict[str, float]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items())
-
-
-class WorkerDied(Exception):
-    """The worker's process, or an object it was given, is gone."""
-
-
-class MethodRaised(Exception):
-    """The worker is well; its constructor or method raised `cause`, which carries the remote traceback as a note."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(f"{type(cause).__name__}: {cause}")
-        self.cause = cause
-
-
-class _Host:
-    """The process of one worker. Building the worker is a call of its own, so that what its constructor raises
-    arrives as it was raised; from an actor's constructor it would arrive as a death."""
-
-    def __init__(self) -> None:
-        send_tables_as_ipc()
-
-    def build(self, cls: Callable[..., Any], *args: Any) -> str:
-        self._worker = cls(*args)
-        return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._worker, method)(*args)
-
-
-class Actor:
-    """A worker in a process of its own, with at most one call under way. It starts building at once.
-
-    Args:
-        cls, args: make the worker, in its process.
-        threads: for OpenMP and MKL; Ray would set one wherever an actor has a fraction of a CPU.
-        options: Ray's actor options, as `Placement.bundle` gives them.
-    """
-
-    def __init__(self, cls: Callable[..., Any], args: tuple[Any, ...], threads: int, options: dict[str, Any]) -> None:
-        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        host: Any = ray.remote(_Host)
-        self._handle = host.options(
-            **options, runtime_env={"env_vars": variables}, max_restarts=0, max_task_retries=0, max_concurrency=1
-        ).remote()
-        self.where: str | None = None
-        self._refs: list[Any] = [self._handle.build.remote(cls, *args)]
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._refs)
-
-    def call(self, method: str, args: tuple[Any, ...], returns: int) -> None:
-        refs = self._handle.call.options(num_returns=returns).remote(method, *args)
-        self._refs = refs if returns > 1 else [refs]
-
-    def receive(self) -> tuple[Any, Any]:
-        """What the call under way gave: the value of its first return and the reference of its second, if it has one.
-
-        Raises:
-            WorkerDied: no answer will come; the actor is to be killed.
-            MethodRaised: the call ended with an exception.
-        """
-        try:
-            value = ray.get(self._refs[0])
-        except Exception as exception:
-            self._refs = []
-            error: Any = exception
-            raised = isinstance(error, ray.exceptions.RayTaskError)
-            cause: Exception = error.cause if raised else error
-            # A method that talks to Ray may itself raise what would else be news of this actor.
-            if isinstance(cause, ray.exceptions.ObjectLostError if raised else _GONE):
-                raise WorkerDied(_last_line(cause)) from None
-            if raised:
-                cause.add_note(re.sub(r"\x1b\[\d*m", "", str(error)))
-            raise MethodRaised(cause) from None
-        refs, self._refs = self._refs, []
-        if self.where is None:
-            self.where = value
-        return value, refs[1] if len(refs) > 1 else None
-
-    def kill(self) -> None:
-        if ray.is_initialized():
-            ray.kill(self._handle)
-
-
-def _last_line(error: BaseException) -> str:
-    # Ray puts the reason last, after a page of identifiers, and follows it with general advice.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].partition(' Some common causes')[0]}" if lines else type(error).__name__
-
-
-def answered(actors: list[Actor], timeout_s: float) -> list[Actor]:
-    """Those of `actors` whose call has ended; with none there yet, waits up to `timeout_s` seconds for the first."""
-    by_ref = {actor._refs[0]: actor for actor in actors if actor.busy}
-    if not by_ref:
-        return []
-    # fetch_local=False: a result counts as there once it exists, not once it has crossed the network.
-    count = 1 if timeout_s > 0 else len(by_ref)
-    ready, _ = ray.wait(list(by_ref), num_returns=count, timeout=timeout_s, fetch_local=False)
-    return [by_ref[ref] for ref in ready]

@@ -1,55 +1,28 @@
-"""The pool that rollout, reward and learner workers live in: requests, deadlines, retries, watchdog.
+"""Requests to workers: who is on what, until when, and what became of it.
 
-    rollouts = Pool("rollout", Factory(RolloutWorker, (config,), threads, place), size=2, retry_timeouts=True)
-    rewards = Pool("reward", Factory(RewardWorker, (config,)), size=0)
-    for request in requests:
-        rollouts.submit(request)
-    for pool, request, outcome in as_completed(rollouts, rewards):
-        ...  # may submit more, to either
+    dispatcher = Dispatcher()
+    rollouts = Pool("rollout", partial(RolloutWorker, config), place_rollout, 2, dispatcher, retry_timeouts=True)
+    rewards = Pool("reward", partial(RewardWorker, config), lambda index: Local(), 1, dispatcher)
+    rollouts.submit(Request("step-1/0", "sample", args, deadline_s=60, reply=score_it))  # may submit more, to either
+    dispatcher.serve(lambda: everything_is_there)
 
-With `size=0` requests run in this process, one at a time, and what a method raises is raised here, so that a debugger
-works in it; nothing can be killed there, so deadlines do not hold. Otherwise every worker is a Ray actor with at most
-one request under way, and a deadline counts the work alone, neither the queue nor the start of the actor. An actor that
-misses a deadline or dies is replaced by a fresh one: whatever a worker needs beyond its constructor (weights) has to
-come with the request. Every request submitted gets exactly one outcome, unless `cancel` forgets it.
+Every request submitted gets exactly one outcome, handed to its `reply` in the driver, unless `cancel` forgets it. A
+deadline counts the work alone, neither the queue nor the start of the worker. A worker that misses one or dies is
+replaced by a fresh one: whatever it needs beyond its constructor (weights) has to come with the request.
 """
 
 import logging
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rl_llm.config import ResourcesConfig
 from rl_llm.errors import RunFailed
-
-if TYPE_CHECKING:
-    from rl_llm.runtime.cluster import Actor
+from rl_llm.runtime.replica import BUILT, Answer, Replica, WorkerDied, ready
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A call of a worker's method.
-
-    Args:
-        id: names it in messages, such as "step-12/3".
-        deadline_s: seconds of work after which its worker is killed; may be infinite.
-        returns: 1, or 2 for a method that returns (value, shard), where the shard stays in the object store.
-        note: what else a message should say of it, such as which prompts it holds.
-    """
-
-    id: str
-    method: str
-    args: tuple[Any, ...]
-    deadline_s: float
-    returns: int = 1
-    note: str = ""
 
 
 class RequestFailed(RunFailed):
@@ -68,11 +41,11 @@ class RequestFailed(RunFailed):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request: its value, the shard where it has two returns (a reference if it comes from an actor,
-    see `fetch`), or the error."""
+    """What became of a request: its value, what of it is kept where it has two returns (a reference if it comes from an
+    actor, see `fetch`), or the error."""
 
     value: Any = None
-    shard: Any = None
+    kept: Any = None
     error: RequestFailed | None = None
 
     def result(self) -> Any:
@@ -84,209 +57,302 @@ class Outcome:
         raise self.error
 
 
-def _anywhere(index: int) -> dict[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True)
-class Factory:
-    """How to make a worker: `cls(*args)`, in a process with `threads` OpenMP threads, under the Ray actor options
-    `place(index)`: `functools.partial(placement.bundle, kind)`, or Ray's defaults."""
+class Request:
+    """A call of a worker's method.
 
-    cls: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    threads: int = 1
-    place: Callable[[int], dict[str, Any]] = _anywhere
+    Args:
+        id: names it in messages, such as "step-12/3"; another one than all others under way have.
+        deadline_s: seconds of work after which its worker is killed; may be infinite.
+        returns: 1, or 2 for a method that returns (value, kept), where what is kept stays in the object store.
+        note: what else a message should say of it, such as which prompts it holds.
+        reply: called in the driver with the outcome; not sent.
+    """
+
+    id: str
+    method: str
+    args: tuple[Any, ...]
+    deadline_s: float
+    returns: int = 1
+    note: str = ""
+    reply: Callable[[Outcome], None] = field(default=lambda outcome: None, compare=False)
 
 
 @dataclass
-class _Job:
+class _Attempt:
+    """A request with a worker, for the `number`th time."""
+
     request: Request
-    attempts: int = 0
+    number: int = 0
+    since: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.request.id} ({self.request.note})" if self.request.note else self.request.id
 
+    @property
+    def deadline(self) -> float:
+        return self.since + self.request.deadline_s
+
 
 @dataclass
-class _Seat:
-    """The place of one worker. It is empty, starting (busy without a job), working on a job, or free."""
+class _Slot:
+    """The place of one worker: empty, building, or with some attempts under way."""
 
     label: str
-    actor: "Actor | None" = None
-    job: _Job | None = None
-    since: float = 0.0
-    limit_s: float = math.inf
+    replica: Replica | None = None
+    attempts: dict[str, _Attempt] = field(default_factory=dict)
+    building_since: float | None = None
     failed_starts: int = 0
 
     def __str__(self) -> str:
-        return f"{self.label} ({self.actor.where})" if self.actor and self.actor.where else self.label
+        return f"{self.label} ({self.replica.where})" if self.replica and self.replica.where else self.label
 
     @property
-    def busy(self) -> bool:
-        return self.actor is not None and self.actor.busy
-
-    @property
-    def deadline(self) -> float:
-        return self.since + self.limit_s
-
-    def expect(self, limit_s: float) -> None:
-        self.since, self.limit_s = time.monotonic(), limit_s
+    def works_here(self) -> bool:
+        """Whether its replica does what it was asked only when it is received."""
+        return bool(self.attempts) and self.replica is not None and not self.replica.waits_for
 
     def clear(self) -> None:
-        if self.actor is not None:
-            self.actor.kill()
-        self.actor = self.job = None
+        if self.replica is not None:
+            self.replica.kill()
+        self.replica, self.attempts, self.building_since = None, {}, None
 
 
-@dataclass(eq=False)
 class Pool:
-    """`size` workers of one kind, and the requests to them; see the module's text.
+    """Workers of one kind, and the requests to them; see the module's text.
 
     Args:
         name: labels the workers in messages: "rollout-0".
+        make: makes a worker, in the replica's process.
+        place: gives the empty replica of a slot.
+        size: how many.
+        dispatcher: serves it beside other pools; its own by default.
         max_attempts: workers a request may bring down, and starts in a row that may fail, before it is given up.
         retry_timeouts: whether a request that missed its deadline is sent again; else it fails at once.
         start_timeout_s: seconds a worker may take to start; it then is started again.
 
     `counters` counts `restarts` of workers, `retries` of requests and `timeouts` (missed deadlines) so far.
 
-    Raises, from `as_completed`:
+    Raises, while served:
         RunFailed: a worker does not start. What its constructor raises is raised as it is.
     """
 
-    name: str
-    factory: Factory
-    size: int
-    max_attempts: int = 3
-    retry_timeouts: bool = False
-    start_timeout_s: float = 600.0
-    counters: dict[str, int] = field(default_factory=lambda: {"restarts": 0, "retries": 0, "timeouts": 0}, init=False)
-
-    def __post_init__(self) -> None:
-        self._queue: deque[_Job] = deque()
+    def __init__(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        place: Callable[[int], Replica],
+        size: int,
+        dispatcher: "Dispatcher | None" = None,
+        *,
+        max_attempts: int = 3,
+        retry_timeouts: bool = False,
+        start_timeout_s: float = 600.0,
+    ) -> None:
+        self.name, self.max_attempts, self.retry_timeouts = name, max_attempts, retry_timeouts
+        self.start_timeout_s = start_timeout_s
+        self.counters = {"restarts": 0, "retries": 0, "timeouts": 0}
+        self.dispatcher = dispatcher or Dispatcher()
+        self.dispatcher.pools.append(self)
+        self._make, self._place = make, place
+        self._queue: deque[_Attempt] = deque()
         self._finished: deque[tuple[Request, Outcome]] = deque()
-        self._seats = [_Seat(f"{self.name}-{index}") for index in range(self.size)]
-        self._worker: Any = None
+        self._slots = [_Slot(f"{name}-{index}") for index in range(size)]
         self._fill()
+
+    @property
+    def size(self) -> int:
+        return len(self._slots)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._queue or self._finished or any(slot.attempts for slot in self._slots))
 
     def submit(self, request: Request) -> None:
         """Queues a request, or hands it to a free worker; returns at once."""
-        self._queue.append(_Job(request))
+        self._queue.append(_Attempt(request))
         self._fill()
 
-    def call(self, method: str, *args: Any) -> Any:
-        """The value of a method, waited for without a deadline; for one worker with a state, such as the learner.
+    def call(self, method: str, *args: Any, returns: int = 1) -> Any:
+        """The value of a method (with `returns=2` value and kept), waited for without a deadline.
 
-        Give such a pool `max_attempts=1`: its state dies with it, so the call must fail rather than go to a fresh one.
+        For one worker with a state, such as the learner. Give such a pool `max_attempts=1`: its state dies with it, so
+        the call must fail rather than go to a fresh one. Other pools of the dispatcher are served meanwhile.
         """
-        self.submit(Request(method, method, args, math.inf))
-        [(_, _, outcome)] = as_completed(self)
-        return outcome.result()
+        outcomes: list[Outcome] = []
+
+        def reply(outcome: Outcome) -> None:
+            outcome.result()
+            outcomes.append(outcome)
+
+        self.submit(Request(method, method, args, math.inf, returns, reply=reply))
+        self.dispatcher.serve(lambda: bool(outcomes))
+        return (outcomes[0].value, outcomes[0].kept) if returns == 2 else outcomes[0].value
+
+    def rebuild(self, make: Callable[..., Any]) -> None:
+        """Other workers from now on, in the processes of these; requests are forgotten."""
+        self._make = make
+        self._queue.clear()
+        self._finished.clear()
+        for slot in self._slots:
+            slot.attempts = {}
+            if slot.replica is not None:
+                self._build(slot, slot.replica)
+        self._fill()
+
+    def where(self, index: int) -> str | None:
+        """The process of a worker; None while it is starting, or where it is in this one."""
+        replica = self._slots[index].replica
+        return None if replica is None else replica.where
+
+    def kill(self, index: int, *part: int) -> None:
+        """Ends a worker's process behind the pool's back, to see what becomes of its requests.
+
+        `part`: of a worker that is several, the rank of the one to be ended.
+        """
+        replica = self._slots[index].replica
+        if replica is not None:
+            replica.kill(*part)
 
     def cancel(self) -> None:
         """Forgets every request and kills the workers that are on one; the pool can be used on."""
         self._queue.clear()
         self._finished.clear()
-        for seat in self._seats:
-            if seat.job is not None:
-                seat.clear()
+        for slot in self._slots:
+            if slot.attempts:
+                slot.clear()
 
     def close(self) -> None:
         """Forgets every request and ends every worker."""
         self.cancel()
-        self._worker = None
-        for seat in self._seats:
-            seat.clear()
+        for slot in self._slots:
+            slot.clear()
 
-    def _pending(self) -> bool:
-        return bool(self._queue or self._finished or any(seat.job is not None for seat in self._seats))
+    # What the dispatcher does with a pool.
 
-    def _run_here(self) -> None:
-        request = self._queue.popleft().request
-        if self._worker is None:
-            self._worker = self.factory.cls(*self.factory.args)
-        answer = getattr(self._worker, request.method)(*fetch(request.args))
-        value, shard = answer if request.returns == 2 else (answer, None)
-        self._finished.append((request, Outcome(value, shard)))
+    def _deliver(self) -> bool:
+        """Hands one outcome to its reply, if there is one."""
+        if not self._finished:
+            return False
+        request, outcome = self._finished.popleft()
+        request.reply(outcome)
+        return True
 
-    def _poll(self) -> None:
-        """Takes the answers that are there, replaces the workers that are late, hands out what is queued."""
-        if not self._seats:
+    def _waiting(self) -> list[tuple[Any, _Slot]]:
+        """References and the slots that will have something to receive with them."""
+        return [(ref, slot) for slot in self._slots if slot.replica is not None for ref in slot.replica.waits_for]
+
+    def _due_here(self) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.works_here), None)
+
+    def _take(self, slot: _Slot) -> None:
+        """Receives from a replica that has something, or does the work of one in this process."""
+        if slot.replica is None:
             return
-        from rl_llm.runtime.cluster import answered
-
-        ready = answered([seat.actor for seat in self._seats if seat.actor is not None], 0.0)
-        for seat in self._seats:
-            if seat.actor in ready:
-                self._take(seat, seat.actor)
-            elif seat.busy and time.monotonic() >= seat.deadline:
-                self._replace(seat, "timeout", f"missed its deadline of {seat.limit_s:g} s")
+        try:
+            answer = slot.replica.receive()
+        except WorkerDied as death:
+            self._replace(slot, "poison", str(death))
+            return
+        if answer is None:
+            return
+        if answer.id == BUILT:
+            if answer.error is not None:
+                slot.clear()
+                raise answer.error
+            slot.building_since, slot.failed_starts = None, 0
+        elif answer.id in slot.attempts:
+            attempt = slot.attempts.pop(answer.id)
+            self._finished.append((attempt.request, self._outcome(slot, attempt, answer)))
         self._fill()
 
-    def _take(self, seat: _Seat, actor: "Actor") -> None:
-        from rl_llm.runtime.cluster import MethodRaised, WorkerDied
+    def _outcome(self, slot: _Slot, attempt: _Attempt, answer: Answer) -> Outcome:
+        if answer.error is None:
+            return Outcome(answer.value, answer.kept)
+        what = f"{type(answer.error).__name__}: {answer.error}"
+        return Outcome(error=RequestFailed("error", f"{slot} failed on {attempt}: {what}", answer.error))
 
-        try:
-            outcome = Outcome(*actor.receive())
-        except WorkerDied as death:
-            self._replace(seat, "poison", str(death))
-            return
-        except MethodRaised as error:
-            if seat.job is None:
-                seat.clear()
-                raise error.cause from None
-            outcome = Outcome(error=RequestFailed("error", f"{seat} failed on {seat.job}: {error}", error.cause))
-        if seat.job is not None:
-            self._finished.append((seat.job.request, outcome))
-        seat.job = None
-        seat.failed_starts = 0
+    def _deadline(self) -> float:
+        """When the first of them is late."""
+        return min((self._late_at(slot) for slot in self._slots), default=math.inf)
 
-    def _replace(self, seat: _Seat, kind: Literal["poison", "timeout"], cause: str) -> None:
-        job, lost = seat.job, str(seat)
-        seat.clear()
+    def _late_at(self, slot: _Slot) -> float:
+        if slot.building_since is not None:
+            return slot.building_since + self.start_timeout_s
+        if slot.works_here:
+            return math.inf
+        return min((attempt.deadline for attempt in slot.attempts.values()), default=math.inf)
+
+    def _replace_late(self) -> None:
+        now = time.monotonic()
+        for slot in self._slots:
+            if now >= self._late_at(slot):
+                limits = [a.request.deadline_s for a in slot.attempts.values() if now >= a.deadline]
+                self._replace(slot, "timeout", f"missed its deadline of {(limits or [self.start_timeout_s])[0]:g} s")
+        self._fill()
+
+    def _replace(self, slot: _Slot, kind: Literal["poison", "timeout"], cause: str) -> None:
+        attempts, lost, building = list(slot.attempts.values()), str(slot), slot.building_since is not None
+        slot.clear()
         self.counters["restarts"] += 1
-        if job is None:
-            seat.failed_starts += 1
-            if seat.failed_starts >= self.max_attempts:
-                raise RunFailed(f"{lost} could not be started, {seat.failed_starts} times in a row; the last: {cause}")
+        if building:
+            slot.failed_starts += 1
+            if slot.failed_starts >= self.max_attempts:
+                raise RunFailed(f"{lost} could not be started, {slot.failed_starts} times in a row; the last: {cause}")
             log.warning("%s did not start and is started again: %s", lost, cause)
-            return
+        elif not attempts:
+            log.warning("%s is replaced; it was idle: %s", lost, cause)
+        now = time.monotonic()
+        for attempt in attempts:
+            if kind == "timeout" and now < attempt.deadline:
+                attempt.number -= 1  # it only shared a worker with the one that is late
+                self._queue.appendleft(attempt)
+            else:
+                self._lost(attempt, lost, kind, cause)
+        self._fill()
+
+    def _lost(self, attempt: _Attempt, lost: str, kind: Literal["poison", "timeout"], cause: str) -> None:
         self.counters["timeouts"] += kind == "timeout"
-        attempt = f"attempt {job.attempts} of {self.max_attempts}"
-        log.warning("%s is replaced; it was on %s, %s: %s", lost, job, attempt, cause)
-        if job.attempts < self.max_attempts and (kind == "poison" or self.retry_timeouts):
+        which = f"attempt {attempt.number} of {self.max_attempts}"
+        log.warning("%s is replaced; it was on %s, %s: %s", lost, attempt, which, cause)
+        if attempt.number < self.max_attempts and (kind == "poison" or self.retry_timeouts):
             self.counters["retries"] += 1
-            self._queue.appendleft(job)
+            self._queue.appendleft(attempt)
             return
         did = "brought down" if kind == "poison" else "was too slow for"
-        message = f"{self.name} request {job} {did} {job.attempts} worker(s) and is given up; the last, {lost}: {cause}"
-        self._finished.append((job.request, Outcome(error=RequestFailed(kind, message))))
+        message = (
+            f"{self.name} request {attempt} {did} {attempt.number} worker(s) and is given up; the last, {lost}: {cause}"
+        )
+        self._finished.append((attempt.request, Outcome(error=RequestFailed(kind, message))))
 
     def _fill(self) -> None:
-        for index, seat in enumerate(self._seats):
-            if seat.actor is None:
-                from rl_llm.runtime.cluster import Actor
+        """Makes the workers that are missing, and hands what is queued to those that are free."""
+        for index, slot in enumerate(self._slots):
+            if slot.replica is None:
+                slot.replica = self._place(index)
+                self._build(slot, slot.replica)
+            while self._queue and slot.replica.free > 0:
+                attempt = self._queue.popleft()
+                attempt.number, attempt.since = attempt.number + 1, time.monotonic()
+                request = attempt.request
+                slot.attempts[request.id] = attempt
+                slot.replica.call(request.id, request.method, request.args, request.returns)
 
-                make = self.factory
-                seat.expect(self.start_timeout_s)
-                seat.actor = Actor(make.cls, make.args, make.threads, make.place(index))
-            elif self._queue and not seat.busy:
-                seat.job = job = self._queue.popleft()
-                job.attempts += 1
-                seat.expect(job.request.deadline_s)
-                seat.actor.call(job.request.method, job.request.args, job.request.returns)
+    def _build(self, slot: _Slot, replica: Replica) -> None:
+        replica.build(self._make)
+        slot.building_since = time.monotonic() if replica.waits_for else None
 
     def _status(self) -> str:
         """Who is at what since when, for the watchdog."""
+        now = time.monotonic()
         parts = []
-        for seat in self._seats:
-            if not seat.busy:
-                continue
-            limit = f" of {seat.limit_s:.0f}" if math.isfinite(seat.limit_s) else ""
-            doing = f"on {seat.job}" if seat.job else "starting"
-            attempt = f", attempt {seat.job.attempts}" if seat.job else ""
-            parts.append(f"{seat} {doing} for {time.monotonic() - seat.since:.0f}{limit} s{attempt}")
+        for slot in self._slots:
+            if slot.building_since is not None:
+                parts.append(f"{slot} starting for {now - slot.building_since:.0f} of {self.start_timeout_s:.0f} s")
+            for attempt in slot.attempts.values():
+                limit = attempt.request.deadline_s
+                of = f" of {limit:.0f}" if math.isfinite(limit) else ""
+                parts.append(f"{slot} on {attempt} for {now - attempt.since:.0f}{of} s, attempt {attempt.number}")
         if not parts:
             parts.append(f"{self.name} idle")
         if self._queue:
@@ -294,66 +360,59 @@ class Pool:
         return ", ".join(parts)
 
 
-def as_completed(*pools: Pool, watchdog_s: float = 60.0) -> Iterator[tuple[Pool, Request, Outcome]]:
-    """The outcomes of all requests to `pools` in the order they come, until nothing is pending.
+class Dispatcher:
+    """Serves several pools at once: whoever waits for one thing lets all of them go on.
 
-    Requests may be submitted while iterating. Whenever nothing has finished for `watchdog_s` seconds, a warning says
-    who waits for whom.
+    Args:
+        watchdog_s: whenever nothing has finished for so long, a warning says who waits for whom.
     """
-    heard = warned = time.monotonic()
-    while any(pool._pending() for pool in pools):
-        for pool in pools:
-            pool._poll()
-        done = next((pool for pool in pools if pool._finished), None)
-        here = next((pool for pool in pools if pool._queue and not pool._seats), None)
-        if done is not None:
-            yield done, *done._finished.popleft()
-            heard = warned = time.monotonic()
-        elif here is not None:
-            here._run_here()
-        elif not _wait(pools, warned + watchdog_s) and time.monotonic() >= warned + watchdog_s:
-            warned = time.monotonic()
-            status = "; ".join(pool._status() for pool in pools)
-            log.warning("nothing finished for %.0f s: %s", warned - heard, status)
 
+    def __init__(self, watchdog_s: float = 60.0) -> None:
+        self.pools: list[Pool] = []
+        self.watchdog_s = watchdog_s
 
-def _wait(pools: Sequence[Pool], until: float) -> bool:
-    """Sleeps to the first answer, the first deadline or `until`, whichever is first; whether an answer came."""
-    from rl_llm.runtime.cluster import answered
+    def serve(self, done: Callable[[], bool] | None = None) -> None:
+        """Hand outcomes to their replies until `done()`, by default until nothing is pending.
 
-    busy = [seat for pool in pools for seat in pool._seats if seat.busy]
-    until = min([until, *(seat.deadline for seat in busy)])
-    actors = [seat.actor for seat in busy if seat.actor is not None]
-    return bool(answered(actors, max(0.0, until - time.monotonic())))
+        An exception, one that a reply raises included, ends it and forgets every request: those that are under way may
+        wait for the lost one for ever.
 
+        Raises:
+            RuntimeError: nothing is pending, so that `done` would be waited for in vain.
+        """
+        heard = warned = time.monotonic()
+        try:
+            while not done() if done else any(pool.pending for pool in self.pools):
+                if any(pool._deliver() for pool in self.pools):
+                    heard = warned = time.monotonic()
+                elif not any(pool.pending or pool._waiting() for pool in self.pools):
+                    raise RuntimeError("nothing is under way that this could wait for")
+                elif not self._step(warned + self.watchdog_s) and time.monotonic() >= warned + self.watchdog_s:
+                    warned = time.monotonic()
+                    status = "; ".join(pool._status() for pool in self.pools)
+                    log.warning("nothing finished for %.0f s: %s", warned - heard, status)
+        except BaseException:
+            for pool in self.pools:
+                pool.cancel()
+            raise
 
-def fetch(values: Sequence[Any]) -> list[Any]:
-    """The values themselves: references from actors are resolved, what is plain already passes through."""
-    ray = sys.modules.get("ray")
-    return [ray.get(value) if ray is not None and isinstance(value, ray.ObjectRef) else value for value in values]
+    def _step(self, until: float) -> bool:
+        """Takes what is there; else does a piece of work in this process, or waits for an answer or a deadline."""
+        here = next(((pool, slot) for pool in self.pools if (slot := pool._due_here()) is not None), None)
+        waiting = [(ref, pool, slot) for pool in self.pools for ref, slot in pool._waiting()]
+        wait_s = 0.0 if here else max(min([until, *(pool._deadline() for pool in self.pools)]) - time.monotonic(), 0.0)
+        there = ready([ref for ref, _, _ in waiting], wait_s)
+        answered = {id(slot): (pool, slot) for ref, pool, slot in waiting if ref in there}
+        for pool, slot in answered.values():
+            pool._take(slot)
+        for pool in self.pools:
+            pool._replace_late()
+        if here and not there:
+            pool, slot = here
+            pool._take(slot)
+        return bool(here or there)
 
-
-@contextmanager
-def connected(resources: ResourcesConfig) -> Iterator[None]:
-    """Ray for as long as a config with workers needs it; what was there before stays."""
-    if not resources.uses_ray:
-        yield
-        return
-    import ray
-
-    from rl_llm.runtime.cluster import connect, send_tables_as_ipc
-
-    started = connect(resources)
-    send_tables_as_ipc()
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def share(value: Any) -> Any:
-    """A value that actors read as a reference: put into the object store once, from where each of them maps it."""
-    import ray
-
-    return value if isinstance(value, ray.ObjectRef) else ray.put(value)
+    def close(self) -> None:
+        """Ends every worker of every pool."""
+        for pool in self.pools:
+            pool.close()

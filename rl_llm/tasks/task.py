@@ -1,6 +1,6 @@
 """A task: prompts with their fields, divided into train, tune and test.
 
-    source -> columns (mapped) -> prompts (template or messages) -> sides (hash) -> prompt_ids (tokenizer)
+    source -> columns (mapped) -> prompts (template or messages) -> splits (hash) -> prompt_ids (tokenizer)
 
 A row that cannot be used at any of these stations becomes a `BadRow`: skipped or fatal as configured, never lost.
 """
@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from rl_llm.config import SplitConfig, TaskConfig
 from rl_llm.errors import UserError, did_you_mean
-from rl_llm.table import FIELD, mark_conversational
+from rl_llm.table import FIELD, mark_conversational, ragged
 from rl_llm.tasks import records
 from rl_llm.tasks.files import BadRow, Source, describe_bad_rows, read_source, rows_in_memory, source_of
 from rl_llm.tasks.prompts import PromptBuilder, as_text, require_scalar, template_columns
@@ -71,7 +72,7 @@ class Task:
                 kept = kept.drop_columns("prompt_ids")
             prompt_ids = pa.array([ids for ids in encoded if not isinstance(ids, str)], type=pa.list_(pa.int32()))
             splits[side] = kept.append_column("prompt_ids", prompt_ids)
-        _settle(bad_rows, self.config)
+        _note_bad_rows(bad_rows, self.config)
         for side, table in splits.items():
             if not table.num_rows:
                 raise UserError(
@@ -98,6 +99,12 @@ class Task:
         if not texts:
             raise UserError(f"field {target!r} of {self.name} is empty in every train row; name another target")
         return texts
+
+    def targets(self, target: str) -> tuple[list[np.ndarray], list[list[str]]]:
+        """Prompts (tokens) of the tokenized train split, and the texts to imitate that each row has in a field."""
+        train = self.splits["train"]
+        values = train[FIELD + target].to_pylist()
+        return ragged(train["prompt_ids"]), [[v] if isinstance(v, str) else list(v or []) for v in values]
 
     def _encode(self, tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> list[list[int] | str]:
         """Token ids of each prompt, or why it cannot be used."""
@@ -181,7 +188,7 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
     values = {name: columns[name].to_pylist() for name in used}
     kept: list[int] = []
     prompts: list[str] = []
-    sides: list[str] = []
+    splits_of: list[str] = []
     bad_rows = list(source.bad_rows)
     for i, ordinal in enumerate(source.ordinals):
         row = {name: column[i] for name, column in values.items()}
@@ -192,8 +199,8 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
             continue
         kept.append(i)
         prompts.append(builder.prompt(row))
-        sides.append(split_of(as_text(row[split_by]) if split_by else prompts[-1], config.split))
-    _settle(bad_rows, config)
+        splits_of.append(split_of(as_text(row[split_by]) if split_by else prompts[-1], config.split))
+    _note_bad_rows(bad_rows, config)
     if not kept:
         raise UserError(f"{source.name}: every row is bad; {describe_bad_rows(bad_rows)}")
 
@@ -209,7 +216,7 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
         table = mark_conversational(table)
     splits = {"all": table}
     if divide:
-        splits = {side: table.filter(pa.array([s == side for s in sides])) for side in SPLITS}
+        splits = {side: table.filter(pa.array([s == side for s in splits_of])) for side in SPLITS}
         _refuse_empty_side(source.name, splits, config.split)
     return Task(source.name, builder.conversational, splits, bad_rows, fields, config, source.lines)
 
@@ -241,7 +248,7 @@ def split_of(key: str, split: SplitConfig) -> str:
     return "tune" if share < split.test + split.tune else "train"
 
 
-def _settle(bad_rows: list[BadRow], config: TaskConfig) -> None:
+def _note_bad_rows(bad_rows: list[BadRow], config: TaskConfig) -> None:
     bad_rows.sort(key=lambda bad: bad.line)
     if bad_rows and config.on_bad_row == "fail":
         raise UserError(f"{describe_bad_rows(bad_rows)}; mend them or set task.on_bad_row: skip")

@@ -8,17 +8,18 @@ import numpy as np
 import pyarrow as pa
 
 from rl_llm.config import ComponentConfig, EvaluationConfig
-from rl_llm.rewards import settle
-from rl_llm.rollout import SamplingParams
-from rl_llm.runtime.pool import fetch
-from rl_llm.trainer.collector import Collected
-from rl_llm.trainer.workers import Crew
+from rl_llm.policies import SamplingParams
+from rl_llm.rewards import apply_failure_policies
+from rl_llm.rng import Purpose, key, stream
+from rl_llm.runtime.replica import fetch
+from rl_llm.runtime.weights import Weights
+from rl_llm.trainer.collector import Collector, FirstIds, Rollouts
 
 RESAMPLES = 2000
 TOKENS = "tokens"
 CLIP = 10.0
 # Evaluation that is not greedy draws from streams that no training sample reaches.
-EVALUATION_IDS = 1 << 62
+FIRST = FirstIds(key(Purpose.EVALUATION, 0), 0)
 
 
 def interval(values: np.ndarray, seed: int = 0) -> dict[str, float | None]:
@@ -29,7 +30,7 @@ def interval(values: np.ndarray, seed: int = 0) -> dict[str, float | None]:
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return {"mean": None, "low": None, "high": None}
-    generator = np.random.Generator(np.random.Philox(key=[seed, len(values)]))
+    generator = stream(seed, Purpose.BOOTSTRAP, len(values))
     means = np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
@@ -51,8 +52,8 @@ class Utility:
     base: dict[str, tuple[float, float]]
 
     def measure_base(self, values: dict[str, np.ndarray]) -> None:
-        """Take the base statistics from the untrained policy's values per prompt."""
-        for name in self.weights:
+        """Take the base statistics from the untrained policy's values per prompt, of metrics without a weight too."""
+        for name in values:
             there = values[name][~np.isnan(values[name])]
             spread = float(there.std()) if len(there) else 0.0
             # Equal values have a spread of rounding errors, which would make a mountain of any change.
@@ -98,48 +99,54 @@ class Evaluation:
 
 
 class Evaluator:
-    """Scores the policy on fixed held-out prompts, greedily unless told otherwise."""
+    """Scores a policy on fixed held-out prompts, greedily unless told otherwise.
+
+    Args:
+        params: how to sample.
+        components: what to measure.
+        on_failure: gets the record of every failed reward.
+    """
 
     def __init__(
         self,
         config: EvaluationConfig,
         params: SamplingParams,
-        request_rows: int,
         components: Mapping[str, ComponentConfig],
-        crew: Crew,
-        utility: Utility | None,
+        collector: Collector,
         on_failure: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.config, self.params, self.request_rows = config, params, request_rows
-        self.components, self.crew, self.utility = components, crew, utility
+        self.config, self.params = config, params
+        self.components, self.collector = components, collector
         self.on_failure = on_failure
 
-    def evaluate(self, prompts: pa.Table, split: str, label: str, step: int) -> Evaluation:
+    def evaluate(
+        self, prompts: pa.Table, split: str, label: str, step: int, weights: Weights, utility: Utility | None = None
+    ) -> Evaluation:
         """Sample and score `prompts`; the first evaluation of a run sets its utility's base statistics.
 
         Args:
             prompts: [P] rows of a task's split.
             split, label, step: for the record.
+            weights: of the policy.
 
         Raises:
             RewardFailed: a component failed beyond what its configuration allows.
         """
-        names = list(self.components)
-        crew = self.crew
-        first = (EVALUATION_IDS, 0)
         name = f"{label}-{split}-{step}"
-        found = crew.collector.collect(
-            name, prompts, self.params, self.request_rows, first, crew.version, crew.weights, names
+        pending = self.collector.start(name, prompts, self.params, FIRST, weights, list(self.components))
+        found = self.collector.wait(pending)
+        resolved = apply_failure_policies(
+            self.components,
+            found.scores,
+            found.prompt_ids,
+            step,
+            lambda record: self.on_failure({**record, "label": label}),
         )
-        prompt_ids = found.summary["prompt_id"].to_numpy()
-        settled = settle(
-            self.components, found.scores, prompt_ids, step, lambda record: self.on_failure({**record, "label": label})
-        )
-        values = {metric: component.values for metric, component in settled.items()}
-        if self.utility is not None:
-            if not self.utility.base:
-                self.utility.measure_base(values)
-            values["utility"] = self.utility.per_prompt(values)
+        values = {metric: component.values for metric, component in resolved.items()}
+        if utility is not None:
+            if not utility.base:
+                utility.measure_base(values)
+            values["utility"] = utility.per_prompt(values)
         values[TOKENS] = found.summary["length"].to_numpy().astype(np.float64)
         line = {
             "step": step,
@@ -150,7 +157,7 @@ class Evaluator:
         }
         return Evaluation(line, values)
 
-    def _samples(self, found: Collected, values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    def _samples(self, found: Rollouts, values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         if self.config.samples == 0:
             return []
         [shard] = fetch(found.shards[:1])
@@ -160,9 +167,3 @@ class Evaluator:
             {**row, "rewards": {name: None if np.isnan(values[name][i]) else float(values[name][i]) for name in scored}}
             for i, row in enumerate(rows)
         ]
-
-
-def held_out(split: pa.Table, count: int) -> pa.Table:
-    """The same `count` rows of a split each time, drawn from all over it: sources are often sorted."""
-    order = np.random.Generator(np.random.Philox(key=[0, split.num_rows])).permutation(split.num_rows)
-    return split.take(pa.array(np.sort(order[:count])))

@@ -1,170 +1,159 @@
-"""The workers of a run: learners, rollout and reward pools, in this process or as Ray actors."""
+"""What a config starts: learners, rollout workers and reward workers, in this process or as Ray actors."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from rl_llm.config import ComponentConfig, RunConfig
+from rl_llm.errors import UserError
+from rl_llm.learner.group import LearnerGroup
 from rl_llm.learner.learner import Learner
 from rl_llm.rewards import RewardWorker, deadline_s
 from rl_llm.rollout import RolloutWorker
-from rl_llm.runtime.pool import Factory, Outcome, Pool, Request, as_completed, share
+from rl_llm.runtime.pool import Dispatcher, Pool
+from rl_llm.runtime.replica import Local, Replica, Shards
+from rl_llm.runtime.weights import InPlace, ObjectStore, WeightChannel
 from rl_llm.trainer.collector import Collector
 
-
-def _placed(options: dict[str, Any], index: int) -> dict[str, Any]:
-    return options
+Functions = Mapping[str, Callable[..., Any]]
 
 
-class Learners:
-    """The learners of a run. They hold the same weights and make the same updates, each on its share of the rows."""
-
-    def __init__(self, pools: Sequence[Pool]) -> None:
-        """Each pool is of one learner, in the order of their ranks."""
-        self._pools = list(pools)
-
-    def join(self) -> None:
-        """Wait until they have found each other."""
-        if len(self._pools) > 1:
-            self.call("join", *self.first("open"))
-
-    def call(self, method: str, *args: Any) -> Any:
-        """All of them do it; gives what the first one gives."""
-        return self._ask(self._pools, method, args).value
-
-    def first(self, method: str, *args: Any) -> Any:
-        """What the first of them gives, for what the others need not do too."""
-        return self._ask(self._pools[:1], method, args).value
-
-    def shard(self, method: str) -> Any:
-        """The second of two values that the first of them gives; it stays in the object store."""
-        return self._ask(self._pools[:1], method, (), returns=2).shard
-
-    def close(self) -> None:
-        for pool in self._pools:
-            pool.close()
-
-    def _ask(self, pools: Sequence[Pool], method: str, args: tuple[Any, ...], returns: int = 1) -> Outcome:
-        for pool in pools:
-            pool.submit(Request(method, method, args, float("inf"), returns))
-        outcomes = {}
-        try:
-            for pool, _, outcome in as_completed(*pools):
-                outcome.result()
-                outcomes[pool.name] = outcome
-        except BaseException:
-            # Those that are under way would wait for the lost one for ever.
-            for pool in pools:
-                pool.cancel()
-            raise
-        return outcomes[pools[0].name]
-
-
-class Crew:
-    """Starts the workers a config asks for.
+class Workers:
+    """The workers of a run, and what connects them.
 
     Attributes:
-        learner: `learner.call("update", ...)`.
-        collector: sampling and scoring on the other two pools.
-        weights, version: what rollout requests are to act with; `weights` is None where policy and learner are one.
-        reference: version and weights of the reference policy, where rollout workers score with it.
+        learner: the learners; only of workers that learn.
+        here: the one in this process, None where there is none.
+        rollouts, rewards: the other two pools.
+        collector: sampling and scoring on them.
+        channel: takes the learners' weights to the rollout workers.
     """
+
+    learner: LearnerGroup
+    here: Learner | None
+    channel: WeightChannel
+    collector: Collector
 
     def __init__(
         self,
         config: RunConfig,
         base: str,
         components: Mapping[str, ComponentConfig],
-        functions: Mapping[str, Callable[..., Any]],
+        functions: Functions,
+        learns: bool = True,
     ) -> None:
-        """`base` is the folder of the first policy; `functions` are components given as they are, by name.
+        """Start them.
 
-        Raises:
-            UserError: the cluster has no room for the actors, or the model cannot be loaded.
+        Args:
+            base: folder of the policy before training.
+            components: the rewards to be scored.
+            functions: reward functions given as they are, by component.
+            learns: without, there is no learner, and rollout workers act with `base`.
         """
+        self._config, self._learns = config, learns
+        # In this process it may refuse the config, and there is nothing to give back yet.
+        makes = self._makes(config, base, components, functions)
         resources = config.resources
-        # First, for it may refuse the config, and there is nothing to give back yet.
-        here = Learner(config, base) if resources.num_learners == 0 else None
         self._placement: Any = None
         if resources.uses_ray:
             from rl_llm.runtime.cluster import Placement
 
             self._placement = Placement(resources)
+        self.dispatcher = Dispatcher()
+        try:
+            if learns:
+                self._learner_pool = Pool(
+                    "learner", makes["learner"], self._place_learners, 1, self.dispatcher, max_attempts=1
+                )
+            self.rollouts = Pool(
+                "rollout",
+                makes["rollout_worker"],
+                partial(self._place, "rollout_worker"),
+                max(resources.num_rollout_workers, 1),
+                self.dispatcher,
+                max_attempts=resources.max_attempts,
+                retry_timeouts=True,
+            )
+            self.rewards = Pool(
+                "reward",
+                makes["reward_worker"],
+                partial(self._place, "reward_worker"),
+                max(resources.num_reward_workers, 1),
+                self.dispatcher,
+                max_attempts=resources.max_attempts,
+            )
+            self._connect(components, functions)
+        except BaseException:
+            # Actors and their room outlive an exception otherwise, where Ray is somebody else's.
+            self.close()
+            raise
+
+    def reset(
+        self, config: RunConfig, base: str, components: Mapping[str, ComponentConfig], functions: Functions
+    ) -> None:
+        """Make all workers anew for another config, in the processes they have.
+
+        Raises:
+            UserError: the config asks for other resources.
+        """
+        if config.resources != self._config.resources:
+            raise UserError("resources cannot change with the workers that are there; start others")
+        makes = self._makes(config, base, components, functions)
+        self._config = config
+        if self._learns:
+            self._learner_pool.rebuild(makes["learner"])
+        self.rollouts.rebuild(makes["rollout_worker"])
+        self.rewards.rebuild(makes["reward_worker"])
+        self._connect(components, functions)
+
+    def _makes(
+        self, config: RunConfig, base: str, components: Mapping[str, ComponentConfig], functions: Functions
+    ) -> dict[str, Callable[..., Any]]:
+        """What makes a worker of each kind; the channel they share is chosen by what is where."""
+        resources = config.resources
+        self.here = here = Learner(config, base) if self._learns and resources.num_learners == 0 else None
         shared = here.policy if here is not None and resources.num_rollout_workers == 0 else None
+        in_place = shared is not None or not self._learns
+        self.channel = InPlace() if in_place else ObjectStore(shared=resources.num_rollout_workers > 0)
+        return {
+            "learner": partial(Learner, config, base) if here is None else lambda: here,
+            "rollout_worker": partial(RolloutWorker, config, base, self.channel, shared),
+            "reward_worker": partial(RewardWorker, dict(components), dict(functions)),
+        }
 
-        def factory(kind: str, cls: Callable[..., Any], *args: Any) -> Factory:
-            if self._placement is None:
-                return Factory(cls, args, resources.threads)
-            return Factory(cls, args, resources.threads, partial(self._placement.bundle, kind))
-
-        self.learner = Learners(self._learner_pools(config, base, here))
-        self.rollouts = Pool(
-            "rollout",
-            factory("rollout_worker", RolloutWorker, config, base, shared),
-            resources.num_rollout_workers,
-            max_attempts=resources.max_attempts,
-            retry_timeouts=True,
+    def _connect(self, components: Mapping[str, ComponentConfig], functions: Functions) -> None:
+        """The learners with each other, and the pools by a collector."""
+        config = self._config
+        self.collector = Collector(
+            self.rollouts,
+            dict.fromkeys(components, self.rewards),
+            {name: deadline_s(component, functions.get(name)) for name, component in components.items()},
+            config.resources,
+            config.rollout.request_rows,
         )
-        self.rewards = Pool(
-            "reward",
-            factory("reward_worker", RewardWorker, dict(components), dict(functions)),
-            resources.num_reward_workers,
-            max_attempts=resources.max_attempts,
-        )
-        deadlines = {name: deadline_s(config, functions.get(name)) for name, config in components.items()}
-        self.collector = Collector(self.rollouts, self.rewards, deadlines, resources)
-        self._one_policy = shared is not None
-        self._remote_rollouts = resources.num_rollout_workers > 0
-        algorithm = config.algorithm
-        self._scores_reference = algorithm.kl.coef > 0 and algorithm.reference.place == "rollout"
-        self._refresh_every = algorithm.reference.refresh_every or 0
-        self.weights: Any = None
-        self.version = 0
-        self.reference: tuple[int, Any] | None = None
-        with self.closing_on_error():
+        if self._learns:
+            self.learner = LearnerGroup(self._learner_pool, config)
             self.learner.join()
 
-    def _learner_pools(self, config: RunConfig, base: str, here: Learner | None) -> list[Pool]:
-        # The state of a learner dies with it, so a call of a dead one has to fail instead of going to a fresh one.
-        threads = config.resources.threads
-        if here is not None:
-            return [Pool("learner", Factory(lambda: here, (), threads), 0, max_attempts=1)]
-        ranks = range(config.resources.num_learners)
-        places = [partial(_placed, self._placement.bundle("learner", rank)) for rank in ranks]
-        makes = [Factory(Learner, (config, base, rank), threads, places[rank]) for rank in ranks]
-        return [
-            Pool("learner" if len(ranks) == 1 else f"learner-{rank}", makes[rank], 1, max_attempts=1) for rank in ranks
-        ]
+    def _place(self, kind: str, index: int) -> Replica:
+        resources = self._config.resources
+        if getattr(resources, f"num_{kind}s") == 0:
+            return Local()
+        from rl_llm.runtime.actor import Actor
 
-    def publish(self, version: int) -> None:
-        """Make the learner's weights those that rollouts act with, and its reference the one they score with."""
-        self.version = version
-        due = self._refresh_every and version % self._refresh_every == 0
-        if self._scores_reference and (self.reference is None or due):
-            self.reference = version, self._shared("refreshed")
-        if not self._one_policy:
-            self.weights = self._shared("weights")
+        return Actor(resources.threads, self._placement.bundle(kind, index))
 
-    def _shared(self, method: str) -> Any:
-        weights = self.learner.shard(method)
-        return share(weights) if self._remote_rollouts else weights
+    def _place_learners(self, index: int) -> Replica:
+        count = self._config.resources.num_learners
+        if count == 0:
+            return Local()
+        return Shards([self._place("learner", rank) for rank in range(count)])
 
     def restarts(self) -> dict[str, int]:
         """Workers replaced so far, by pool."""
         return {pool.name: pool.counters["restarts"] for pool in (self.rollouts, self.rewards)}
 
-    @contextmanager
-    def closing_on_error(self) -> Iterator[None]:
-        """Actors and their room outlive an exception otherwise, where Ray is somebody else's."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
-
     def close(self) -> None:
-        for pool in (self.rollouts, self.rewards, self.learner):
-            pool.close()
+        self.dispatcher.close()
         if self._placement is not None:
             self._placement.remove()

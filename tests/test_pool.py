@@ -7,9 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import pytest
 
 from rl_llm.config import ResourcesConfig
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.runtime.pool import Factory, Outcome, Pool, Request, RequestFailed, as_completed, fetch
+from rl_llm.runtime.pool import Dispatcher, Outcome, Pool, Request, RequestFailed
+from rl_llm.runtime.replica import Local, Replica, Shards, fetch
 
 
 class Clerk:
@@ -57,6 +58,9 @@ class Clerk:
     def weights(self) -> tuple[None, np.ndarray]:
         return None, np.zeros(2**20, np.uint8)
 
+    def read(self, pipe: str) -> str:
+        return Path(pipe).read_text()
+
     def fail(self, message: str) -> None:
         raise LookupError(message)
 
@@ -90,6 +94,27 @@ class Clerk:
         return number
 
 
+class Numbered:
+    """Knows which one it is."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+
+    def number(self) -> int:
+        return self.rank
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def fail_at(self, rank: int) -> None:
+        if rank == self.rank:
+            raise LookupError(f"rank {rank}")
+
+    def stop_at(self, rank: int) -> None:
+        if rank == self.rank:
+            os._exit(1)
+
+
 class NeverReady:
     def __init__(self, how: str) -> None:
         if how == "raise":
@@ -100,16 +125,30 @@ class NeverReady:
 
 
 MakePool = Callable[..., Pool]
+_replies: list[tuple[str, Outcome]] = []
 
 
 @pytest.fixture
 def make_pool(ray_session: None) -> Iterator[MakePool]:
-    """Pools of actors that reserve nothing, so that tests do not wait for each other's to go."""
-    pools = []
+    """Pools of actors that reserve nothing, so that tests do not wait for each other's to go; 0: in this process."""
+    from rl_llm.runtime.actor import Actor
 
-    def make(size: int, *args: Any, name: str = "clerk", cls: type = Clerk, threads: int = 1, **settings: Any) -> Pool:
-        factory = Factory(cls, args, threads=threads, place=lambda index: {"num_cpus": 0})
-        pools.append(Pool(name, factory, size, **settings))
+    pools = []
+    _replies.clear()
+
+    def make(
+        size: int,
+        *args: Any,
+        name: str = "clerk",
+        cls: type = Clerk,
+        threads: int = 1,
+        dispatcher: Dispatcher | None = None,
+        **settings: Any,
+    ) -> Pool:
+        def place(index: int) -> Replica:
+            return Actor(threads, {"num_cpus": 0}) if size else Local()
+
+        pools.append(Pool(name, partial(cls, *args), place, max(size, 1), dispatcher, **settings))
         return pools[-1]
 
     yield make
@@ -118,15 +157,15 @@ def make_pool(ray_session: None) -> Iterator[MakePool]:
 
 
 def request(id: str, method: str, *args: Any, deadline_s: float = 60.0, **settings: Any) -> Request:
-    return Request(id, method, args, deadline_s, **settings)
+    return Request(id, method, args, deadline_s, reply=lambda outcome: _replies.append((id, outcome)), **settings)
 
 
-def answers(*pools: Pool) -> dict[str, Outcome]:
-    """Outcomes by request id; fails where a request has more than one."""
-    found: dict[str, Outcome] = {}
-    for _, done, outcome in as_completed(*pools):
-        assert done.id not in found
-        found[done.id] = outcome
+def answers(pool: Pool, count: int | None = None) -> dict[str, Outcome]:
+    """The first `count` outcomes, or all, of a dispatcher's pools by request id; none has more than one."""
+    pool.dispatcher.serve(None if count is None else lambda: len(_replies) >= count)
+    found = dict(_replies)
+    assert len(found) == len(_replies)
+    _replies.clear()
     return found
 
 
@@ -153,16 +192,15 @@ def test_deaths_hangs_and_exceptions_lose_and_double_nothing(make_pool: MakePool
             pool.submit(request(id, "fail", "no such row"))
         else:
             pool.submit(request(id, "double", number))
-    seen = Counter[str]()
-    for _, done, outcome in as_completed(pool):
-        seen[done.id] += 1
-        number = int(done.id)
+    found = answers(pool)
+    for id, outcome in found.items():
+        number = int(id)
         if number == 9:
             assert outcome.error is not None
             assert outcome.error.kind == "error"
         else:
             assert outcome.result() == (number if number in (1, 4, 6, 8) else 2 * number)
-    assert seen == Counter(str(number) for number in range(12))
+    assert found.keys() == {str(number) for number in range(12)}
     assert pool.counters == {"restarts": 4, "retries": 4, "timeouts": 1}
 
 
@@ -192,12 +230,13 @@ def test_a_poison_request_is_given_up_by_name_and_the_rest_answered(make_pool: M
 
 
 def test_a_missed_deadline_fails_at_once_unless_timeouts_are_retried(make_pool: MakePool) -> None:
-    pools = [make_pool(1, max_attempts=2, retry_timeouts=retry) for retry in (False, True)]
-    for pool in pools:
-        pool.submit(request("slow", "hang", deadline_s=0.5))
-    outcomes = {pool: outcome for pool, _, outcome in as_completed(*pools)}
-    for pool, attempts in zip(pools, (1, 2), strict=True):
-        error = outcomes[pool].error
+    dispatcher = Dispatcher()
+    pools = [make_pool(1, max_attempts=2, retry_timeouts=retry, dispatcher=dispatcher) for retry in (False, True)]
+    for index, pool in enumerate(pools):
+        pool.submit(request(f"slow-{index}", "hang", deadline_s=0.5))
+    outcomes = answers(pools[0])
+    for index, (pool, attempts) in enumerate(zip(pools, (1, 2), strict=True)):
+        error = outcomes[f"slow-{index}"].error
         assert error is not None
         assert error.kind == "timeout"
         assert "0.5 s" in str(error)
@@ -217,48 +256,112 @@ def test_an_exception_keeps_its_type_message_and_remote_traceback(make_pool: Mak
     assert pool.counters["restarts"] == 0
 
 
-def test_in_process_exceptions_are_raised_as_they_are_and_the_pool_lives_on() -> None:
-    pool = Pool("clerk", Factory(Clerk), 0)
+def test_in_process_exceptions_are_raised_as_they_are_and_the_pool_lives_on(make_pool: MakePool) -> None:
+    pool = make_pool(0)
     for method in ("fail", "double"):
         pool.submit(request(method, method, 3))
     with pytest.raises(LookupError, match="3"):
-        list(as_completed(pool))
-    assert answers(pool)["double"].result() == 6
+        pool.dispatcher.serve()
+    assert answers(pool) == {}  # what was behind it is forgotten
+    assert pool.call("double", 3) == 6
 
 
 def test_in_process_pool_never_imports_ray() -> None:
     code = (
-        "import sys; from rl_llm.runtime.pool import *; pool = Pool('p', Factory(list), 0);"
+        "import sys; from rl_llm.runtime.pool import *; from rl_llm.runtime.replica import Local;"
+        "pool = Pool('p', list, lambda index: Local(), 1);"
         "assert pool.call('count', 1) == 0; assert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 0), (0, 1), (0, 0)])
-def test_work_passes_from_one_pool_to_another_while_iterating(make_pool: MakePool, sizes: tuple[int, int]) -> None:
-    first, second = make_pool(sizes[0], name="first"), make_pool(sizes[1], name="second")
+def test_work_passes_from_one_pool_to_another_while_both_are_served(
+    make_pool: MakePool, sizes: tuple[int, int]
+) -> None:
+    dispatcher = Dispatcher()
+    first, second = (
+        make_pool(size, name=name, dispatcher=dispatcher) for size, name in zip(sizes, ("one", "two"), strict=True)
+    )
+
+    def pass_on(number: int, outcome: Outcome) -> None:
+        assert outcome.result() == number
+        second.submit(request(str(number), "total", outcome.kept))
+
     for number in range(6):
-        first.submit(request(str(number), "shard", number, returns=2))
-    totals = {}
-    for pool, done, outcome in as_completed(first, second):
-        if pool is first:
-            assert outcome.result() == int(done.id)
-            second.submit(request(done.id, "total", outcome.shard))
-        else:
-            totals[done.id] = outcome.result()
-    assert totals == {str(n): sum(range(n)) for n in range(6)}
+        reply = partial(pass_on, number)
+        first.submit(Request(str(number), "shard", (number,), 60.0, returns=2, reply=reply))
+    assert {id: outcome.result() for id, outcome in answers(second).items()} == {
+        str(n): sum(range(n)) for n in range(6)
+    }
+
+
+def test_waiting_for_one_pool_serves_the_others(make_pool: MakePool, tmp_path: Path) -> None:
+    dispatcher = Dispatcher()
+    slow, other = make_pool(1, name="slow", dispatcher=dispatcher), make_pool(1, name="other", dispatcher=dispatcher)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def let_go(outcome: Outcome) -> None:
+        pipe.write_text(str(outcome.result()))
+
+    # The one that is waited for ends only when the other one's reply has been called.
+    other.submit(Request("other", "double", (4,), 60.0, reply=let_go))
+    assert slow.call("read", str(pipe)) == "8"
+
+
+def test_a_wait_for_nothing_is_an_error(make_pool: MakePool) -> None:
+    with pytest.raises(RuntimeError, match="nothing is under way"):
+        make_pool(0).dispatcher.serve(lambda: False)
+
+
+def test_a_killed_worker_is_replaced_and_its_request_answered(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(1, tmp_path)
+    pool.call("pid")
+    pool.submit(request("victim", "hang_once", "mark", 7, deadline_s=math.inf))
+    pool.submit(request("next", "double", 1))
+    pool.kill(0)
+    assert {id: outcome.result() for id, outcome in answers(pool).items()} == {"victim": 7, "next": 2}
+    assert pool.counters["restarts"] == 1
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_rebuilt_workers_are_others_in_the_same_processes(make_pool: MakePool, size: int) -> None:
+    pool = make_pool(size, cls=Numbered)
+    for index in range(20):
+        pool.submit(request(str(index), "pid"))
+    before = {outcome.result() for outcome in answers(pool).values()}
+    pool.submit(request("forgotten", "number"))
+    pool.rebuild(partial(Numbered, 5))
+    assert answers(pool) == {}
+    assert pool.call("number") == 5
+    assert pool.call("pid") in before
+
+
+def test_shards_answer_as_one(make_pool: MakePool) -> None:
+    from rl_llm.runtime.actor import Actor
+
+    def place(index: int) -> Shards:
+        return Shards([Actor(1, {"num_cpus": 0}) for _ in range(2)])
+
+    with closing(Pool("shards", Numbered, place, 1, max_attempts=1)) as pool:
+        assert pool.call("number") == 0  # the first one's
+        with pytest.raises(LookupError, match="rank 1"):
+            pool.call("fail_at", 1)
+        assert pool.call("number") == 0
+        with pytest.raises(RequestFailed, match=r"shards request stop_at brought down .* rank 1: ActorDiedError"):
+            pool.call("stop_at", 1)
 
 
 def test_the_second_return_stays_in_the_object_store(make_pool: MakePool) -> None:
     import ray
 
     pool = make_pool(1)
-    pool.submit(request("a", "shard", 3, returns=2))
-    outcome = answers(pool)["a"]
+    value, kept = pool.call("shard", 3, returns=2)
     pool.close()
-    assert outcome.value == 3
-    assert isinstance(outcome.shard, ray.ObjectRef)
-    assert fetch([outcome.shard, "plain"]) == [[0, 1, 2], "plain"]
+    assert value == 3
+    assert isinstance(kept, ray.ObjectRef)
+    assert fetch([kept, "plain"]) == [[0, 1, 2], "plain"]
 
 
 def test_a_table_travels_whole_and_a_slice_without_the_rest(make_pool: MakePool) -> None:
@@ -271,18 +374,16 @@ def test_a_table_travels_whole_and_a_slice_without_the_rest(make_pool: MakePool)
     few = whole.slice(7, 3)
     assert len(ray.cloudpickle.dumps(few)) < 10_000
     pool = make_pool(1)
-    for name, table in {"few": few, "none": whole.slice(0, 0)}.items():
-        pool.submit(request(name, "table", table, returns=2))
-        outcome = answers(pool)[name]
-        for received in (outcome.value, *fetch([outcome.shard])):
+    for table in (few, whole.slice(0, 0)):
+        value, kept = pool.call("table", table, returns=2)
+        for received in (value, *fetch([kept])):
             assert received.equals(table, check_metadata=True)
 
 
 def test_an_array_is_mapped_by_its_readers(make_pool: MakePool) -> None:
     pool = make_pool(1)
-    pool.submit(request("a", "weights", returns=2))
-    shard = answers(pool)["a"].shard
-    first, second = fetch([shard, shard])
+    _, kept = pool.call("weights", returns=2)
+    first, second = fetch([kept, kept])
     assert not first.flags.writeable
     assert np.shares_memory(first, second)
 
@@ -291,7 +392,7 @@ def test_cancel_forgets_all_requests_and_leaves_the_pool_usable(make_pool: MakeP
     pool = make_pool(2)
     for number in range(4):
         pool.submit(request(str(number), "double", number))
-    next(as_completed(pool))
+    answers(pool, count=1)
     pool.submit(request("stuck", "hang", deadline_s=math.inf))
     pool.cancel()
     assert answers(pool) == {}
@@ -299,12 +400,12 @@ def test_cancel_forgets_all_requests_and_leaves_the_pool_usable(make_pool: MakeP
     assert {id: outcome.result() for id, outcome in answers(pool).items()} == {"after": 10}
 
 
-def test_outcomes_left_by_a_loop_that_was_left_come_in_the_next(make_pool: MakePool) -> None:
+def test_outcomes_that_one_wait_leaves_come_in_the_next(make_pool: MakePool) -> None:
     pool = make_pool(1)
     for number in range(3):
         pool.submit(request(str(number), "double", number))
-    _, first, _ = next(as_completed(pool))
-    assert {first.id, *answers(pool)} == {"0", "1", "2"}
+    first = answers(pool, count=1)
+    assert {*first, *answers(pool)} == {"0", "1", "2"}
 
 
 def test_a_single_worker_with_a_state_fails_with_its_death(make_pool: MakePool) -> None:
@@ -339,13 +440,15 @@ def test_workers_have_the_threads_asked_for(make_pool: MakePool) -> None:
 
 
 def test_the_watchdog_says_who_waits_for_whom(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
-    busy, idle = make_pool(1, name="rollout"), make_pool(1, name="reward")
+    dispatcher = Dispatcher(watchdog_s=0.3)
+    busy = make_pool(1, name="rollout", dispatcher=dispatcher)
+    idle = make_pool(1, name="reward", dispatcher=dispatcher)
     for pool in (busy, idle):
         pool.call("pid")
     for id in ("step-12/3", "step-12/4"):
         busy.submit(request(id, "hang", deadline_s=1.0))
     with caplog.at_level(logging.WARNING, logger="rl_llm.runtime.pool"):
-        next(as_completed(busy, idle, watchdog_s=0.3))
+        answers(busy, count=1)
     pattern = (
         r"nothing finished for \d+ s: rollout-0 \(pid \d+ on [\d.]+\) on step-12/3 for \d of 1 s, attempt 1, "
         r"1 queued; reward idle"
@@ -361,8 +464,9 @@ def test_a_placement_gives_every_replica_its_bundle_and_takes_all_back(ray_sessi
     resources = ResourcesConfig(num_rollout_workers=2, num_reward_workers=1, num_cpus_per_reward_worker=0.5)
     placement = Placement(resources)
     assert placement.bundle("rollout_worker", 1)["num_cpus"] == 1
-    factory = Factory(Clerk, place=lambda index: placement.bundle("reward_worker", index))
-    with closing(Pool("reward", factory, 1)) as pool:
+    from rl_llm.runtime.actor import Actor
+
+    with closing(Pool("reward", Clerk, lambda index: Actor(1, placement.bundle("reward_worker", index)), 1)) as pool:
         assert pool.call("double", 2) == 4
     placement.remove()
     again = Placement(ResourcesConfig(num_learners=1, num_cpus_per_learner=ray.cluster_resources()["CPU"]))
