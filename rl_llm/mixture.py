@@ -4,7 +4,6 @@ The order is: mask > gate > clip > scale > weigh > combine. A component without 
 to that row's advantage and leaves the statistics; a row without any value leaves everything. All in numpy, float64.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -13,16 +12,10 @@ import numpy as np
 
 from rl_llm.config import Ramp, RewardsConfig, Scheduled, value_at
 from rl_llm.errors import UserError, did_you_mean
-
-EPS = 1e-6
-"""Added to a group's standard deviation; the same as in `algorithms.advantages`."""
+from rl_llm.groups import EPS, Grouped, Scale
 
 _EPS_BATCH = 1e-8  # so small that whitening does not depend on the size of the weights, yet rounding noise stays noise
 _NO_SIGNAL = 1e-8
-_ROUNDING = 1e-12
-
-Estimator = Callable[..., Any]
-"""`(rewards, groups, valid, std_floor) -> advantages` on torch tensors [N]; see `algorithms.advantages`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Mixture:
         """The numbers the weights stand for at a step."""
         return {name: value_at(weight, step) for name, weight in self.weights.items()}
 
-    def mix(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int, estimator: Estimator) -> Mixed:
+    def mix(self, components: dict[str, np.ndarray], groups: np.ndarray | None, step: int, scale: Scale) -> Mixed:
         """Weigh the raw components of a step.
 
         The first batch ever mixed, the first policy's, sets the baseline that `std_floor` refers to; a component
@@ -79,10 +72,10 @@ class Mixture:
 
         Args:
             components: raw values by component, float64 [N], NaN where a row has none.
-            groups: int [N], rows of one prompt share a number.
+            groups: int [N], rows of one prompt share a number; None: the batch is one group.
             step: for weights that follow a schedule.
-            estimator: the algorithm's advantage of the weighted sum, which must be the group's centred reward times one
-                factor a group; not used by `normalize_then_sum`.
+            scale: the algorithm's, what a group's centred weighted sum is multiplied by; not used by
+                `normalize_then_sum`.
 
         Diagnostics, with raw values in what is named after a component:
             `reward/mean`, `reward/std`, `reward/<name>/mean`, `reward/<name>/std`: over rows with a value; left out
@@ -95,20 +88,22 @@ class Mixture:
         raw = np.stack([components[name] for name in self.weights], axis=1)
         numbers = self.weights_at(step)
         weights = np.array(list(numbers.values()))
-        batch = _Grouped(self._transform(raw), groups)
+        batch = Grouped(self._transform(raw), np.zeros(len(raw), int) if groups is None else groups)
         baseline = self._baseline = batch.covariance() if self._baseline is None else self._baseline
         valid = batch.present.any(axis=1)
         if self.config.combine == "normalize_then_sum":
             parts = self._normalize_then_sum(batch, weights, valid, baseline)
             outcome = advantages = parts.sum(axis=1)
         else:
-            parts, outcome, advantages = self._sum_then_normalize(batch, weights, valid, baseline, estimator)
+            parts = self._sum_then_normalize(batch, weights, valid, baseline, scale)
+            outcome = ((batch.means[batch.index] + batch.centred) * weights).sum(axis=1)
+            advantages = parts.sum(axis=1)
         reward = np.where(valid, batch.filled @ weights, np.nan)
         diagnostics = {
             **_moments("reward", reward),
             **{key: n for k, name in enumerate(numbers) for key, n in _moments(f"reward/{name}", raw[:, k]).items()},
             **_shares(list(numbers), parts, advantages),
-            **_correlations(list(numbers), raw, groups),
+            **_correlations(list(numbers), raw, batch.index),
             **{f"weights/{name}": weight for name, weight in numbers.items()},
             "groups/without_signal": float((batch.largest(advantages) < _NO_SIGNAL).mean()),
         }
@@ -118,7 +113,7 @@ class Mixture:
         """Rows of groups with something to learn from, samples whose mixtures differ, bool [N]; arguments of `mix`."""
         raw = np.stack([components[name] for name in self.weights], axis=1)
         weights = np.array(list(self.weights_at(step).values()))
-        batch = _Grouped(self._transform(raw), groups)
+        batch = Grouped(self._transform(raw), groups)
         if self.config.combine == "normalize_then_sum":
             baseline = batch.covariance() if self._baseline is None else self._baseline
             valid = batch.present.any(axis=1)
@@ -145,36 +140,30 @@ class Mixture:
         return out
 
     def _sum_then_normalize(
-        self, batch: "_Grouped", weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray, estimator: Estimator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The components' parts in the advantage [N, K], the weighted sum [N] and its advantage [N].
+        self, batch: Grouped, weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray, scale: Scale
+    ) -> np.ndarray:
+        """The algorithm's advantage of the weighted sum, the components' parts in it, [N, K].
 
         A missing value counts as its component's mean over the group, which centring turns into exactly 0.
         """
         parts = batch.centred * weights
-        centred = parts.sum(axis=1)
-        rewards = (batch.means @ weights)[batch.index] + centred
+        summed = Grouped(np.where(valid, parts.sum(axis=1), np.nan), batch.index)
         # Components that a group lacks altogether add no spread to it, so they have no part in its floor.
         live = weights * (batch.counts > 0)
         variance = np.einsum("gk,kl,gl->g", live, baseline, live)
         floor = self.config.std_floor * np.sqrt(np.maximum(variance, 0.0))
-        advantages = _estimate(estimator, rewards, batch.index, valid, floor[batch.index])
-        # The one factor a group: exact for every estimator linear in the centred reward, whatever it divides by.
-        squares = batch.total(centred**2)
-        factor = np.divide(batch.total(advantages * centred), squares, out=np.zeros_like(squares), where=squares > 0)
-        return parts * factor[batch.index, None], rewards, advantages
+        return parts * scale(summed.counts, summed.std, floor)[batch.index, None]
 
     def _normalize_then_sum(
-        self, batch: "_Grouped", weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray
+        self, batch: Grouped, weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray
     ) -> np.ndarray:
         """GDPO (arXiv 2601.05242), the components' parts in it, [N, K].
 
         Each component is centred and divided in its group, weighted, summed, and the sum divided by its unbiased
         standard deviation over the batch's sequences. Its mean is 0 already, so nothing is subtracted.
         """
-        std = np.sqrt(batch.total(batch.centred**2) / np.maximum(batch.counts - 1, 1))
         floor = self.config.std_floor * np.sqrt(np.diag(baseline))
-        parts = weights * batch.centred / (np.maximum(std, floor) + EPS)[batch.index]
+        parts = weights * batch.centred / (np.maximum(batch.std, floor) + EPS)[batch.index]
         spread = parts.sum(axis=1)[valid].std(ddof=1) if valid.sum() > 1 else 0.0
         return parts / (spread + _EPS_BATCH)
 
@@ -201,54 +190,6 @@ class Mixture:
         self._baseline = baseline and np.array([[baseline[a][b] for b in self.weights] for a in self.weights])
 
 
-class _Grouped:
-    """Values [N, K] with NaN for none, their groups numbered from 0, and statistics over the values there are.
-
-    Attributes:
-        index: int [N], the group of a row, below G.
-        present: bool [N, K]; filled: the values with 0 for none.
-        counts, means: [G, K].
-        centred: [N, K], deviation from the group's mean, 0 where there is no value.
-    """
-
-    def __init__(self, values: np.ndarray, groups: np.ndarray) -> None:
-        names, self.index = np.unique(groups, return_inverse=True)
-        self.size = len(names)
-        self.present = ~np.isnan(values)
-        self.filled = np.where(self.present, values, 0.0)
-        self.counts = self.total(self.present)
-        self.means = self.total(self.filled) / np.maximum(self.counts, 1)
-        centred = np.where(self.present, values - self.means[self.index], 0.0)
-        # Equal values may miss their mean by a rounding, which a division by the group's spread would blow up.
-        self.centred = np.where(np.abs(centred) <= _ROUNDING * np.abs(self.filled), 0.0, centred)
-
-    def total(self, rows: np.ndarray) -> np.ndarray:
-        """Sums of [N, ...] by group, [G, ...]."""
-        out = np.zeros((self.size, *rows.shape[1:]))
-        np.add.at(out, self.index, rows)
-        return out
-
-    def largest(self, rows: np.ndarray) -> np.ndarray:
-        """The largest magnitude of [N] in each group, [G]."""
-        out = np.zeros(self.size)
-        np.maximum.at(out, self.index, np.abs(rows))
-        return out
-
-    def covariance(self) -> np.ndarray:
-        """Pooled within-group covariance, [K, K]; positive semi-definite also where components lack values."""
-        freedom = np.sqrt(np.maximum(self.counts - 1, 0).sum(axis=0))
-        freedom[freedom == 0] = np.inf
-        return (self.centred / freedom).T @ (self.centred / freedom)
-
-
-def _estimate(
-    estimator: Estimator, rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, floor: np.ndarray
-) -> np.ndarray:
-    import torch  # here, because reward workers import this package and most need no torch
-
-    return np.asarray(estimator(*map(torch.from_numpy, (rewards, groups, valid, floor))), dtype=np.float64)
-
-
 def _moments(key: str, values: np.ndarray) -> dict[str, float]:
     there = values[~np.isnan(values)]
     return {f"{key}/mean": float(there.mean()), f"{key}/std": float(there.std())} if len(there) else {}
@@ -264,7 +205,7 @@ def _correlations(names: list[str], raw: np.ndarray, groups: np.ndarray) -> dict
     out = {}
     for i, j in combinations(range(len(names)), 2):
         both = ~np.isnan(raw[:, [i, j]]).any(axis=1)
-        a, b = _Grouped(raw[both][:, [i, j]], groups[both]).centred.T
+        a, b = Grouped(raw[both][:, [i, j]], groups[both]).centred.T
         norm = float(np.sqrt((a @ a) * (b @ b)))
         out[f"correlation/{names[i]}~{names[j]}"] = float(a @ b) / norm if norm > 0 else 0.0
     return out

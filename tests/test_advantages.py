@@ -33,9 +33,9 @@ def test_rloo_is_dr_grpo_times_n_over_n_minus_one():
     close(advantages.rloo(rewards, groups, valid), factor * advantages.dr_grpo(rewards, groups, valid))
 
 
-@pytest.mark.parametrize("name", sorted(advantages.GROUP))
+@pytest.mark.parametrize("name", sorted(advantages.SCALE))
 def test_rows_without_a_reward_change_nothing_for_the_others(name):
-    estimator = advantages.GROUP[name]
+    estimator = getattr(advantages, name)
     rewards = torch.cat([REWARDS, f64([torch.nan, torch.nan])])
     groups = torch.cat([GROUPS, torch.tensor([0, 7])])
     valid = torch.cat([ALL, torch.tensor([False, False])])
@@ -44,9 +44,9 @@ def test_rows_without_a_reward_change_nothing_for_the_others(name):
     assert result[4:].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", sorted(advantages.GROUP))
+@pytest.mark.parametrize("name", sorted(advantages.SCALE))
 def test_equal_rewards_and_lone_rows_give_no_advantage(name):
-    result = advantages.GROUP[name](f64([3, 3, 3, 8]), torch.tensor([0, 0, 0, 1]), ALL)
+    result = getattr(advantages, name)(f64([3, 3, 3, 8]), torch.tensor([0, 0, 0, 1]), ALL)
     assert result.tolist() == [0, 0, 0, 0]
 
 

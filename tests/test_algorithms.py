@@ -113,11 +113,10 @@ def test_share_of_clipped_is_where_the_ratio_left_its_bounds():
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_algorithm_that_makes_token_advantages_has_the_batch_as_its_group(preset):
+def test_mixture_multiplies_by_the_groups_factor_or_for_token_advantages_by_one(preset):
     algorithm = built(preset)
     assert algorithm.per_token == (preset in ("ppo", "reinforce", "reinforce_pp"))
-    groups = algorithm.baseline_groups(GROUPS)
-    assert torch.equal(groups, torch.zeros(4, dtype=torch.int64) if algorithm.per_token else GROUPS)
+    assert algorithm.scale is advantages.SCALE["dr_grpo" if algorithm.per_token else algorithm.advantage]
 
 
 # ---- settings

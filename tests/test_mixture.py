@@ -1,17 +1,20 @@
 """The mixture: known answers and invariants."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from rl_llm.algorithms import advantages
+from rl_llm.algorithms.advantages import SCALE
 from rl_llm.config import Ramp, RewardsConfig
 from rl_llm.errors import UserError
 from rl_llm.mixture import Mixture
 
 NAN = np.nan
-ESTIMATORS = [advantages.grpo, advantages.dr_grpo, advantages.rloo]
 COMBINE = ["sum_then_normalize", "normalize_then_sum"]
 
 # Inputs and answers worked out in float64 from the formulas of arXiv 2601.05242.
@@ -30,9 +33,10 @@ def mixture(components, weights=None, **settings):
     )
 
 
-def mix(values, groups, weights=None, components=None, estimator=advantages.grpo, step=0, **settings):
+def mix(values, groups, weights=None, components=None, scale=SCALE["grpo"], step=0, **settings):
     made = mixture(components or list(values), weights, **settings)
-    return made.mix({k: np.asarray(v, float) for k, v in values.items()}, np.asarray(groups), step, estimator)
+    groups = None if groups is None else np.asarray(groups)
+    return made.mix({k: np.asarray(v, float) for k, v in values.items()}, groups, step, scale)
 
 
 def batch(seed=0, groups=6, samples=8, missing=0.0, scales=(1.0, 5.0, 0.2)):
@@ -78,11 +82,11 @@ def test_scaling_all_weights_changes_no_advantage(combine):
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.3])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("scale", sorted(SCALE))
 @pytest.mark.parametrize("combine", COMBINE)
-def test_contributions_add_up_to_the_advantage(combine, estimator, missing):
+def test_contributions_add_up_to_the_advantage(combine, scale, missing):
     values, groups = batch(missing=missing)
-    mixed = mix(values, groups, {"a": 1, "b": -0.3, "c": 2}, combine=combine, estimator=estimator)
+    mixed = mix(values, groups, {"a": 1, "b": -0.3, "c": 2}, combine=combine, scale=SCALE[scale])
     np.testing.assert_allclose(sum(mixed.contributions.values()), mixed.advantages, rtol=1e-9, atol=1e-12)
     shares = [mixed.diagnostics[f"share/{name}"] for name in "abc"]
     assert sum(shares) == pytest.approx(1)
@@ -119,6 +123,23 @@ def test_rows_without_any_value_leave_everything(combine):
     assert (mixed.advantages[~kept] == 0).all()
     assert np.isnan(mixed.reward[~kept]).all()
     assert {k: pytest.approx(v) for k, v in mixed.diagnostics.items()} == alone.diagnostics
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_without_groups_the_batch_is_one(combine):
+    values, groups = batch(missing=0.2)
+    mixed, one = (mix(values, given, combine=combine, scale=SCALE["dr_grpo"]) for given in (None, 0 * groups))
+    np.testing.assert_array_equal(mixed.advantages, one.advantages)
+    np.testing.assert_array_equal(mixed.outcome, one.outcome)
+    assert mixed.diagnostics == one.diagnostics
+
+
+@pytest.mark.parametrize("scale", sorted(SCALE))
+def test_advantage_of_the_sum_is_that_of_the_algorithm_alone(scale):
+    values, groups = batch()
+    mixed = mix(values, groups, {"a": 1, "b": -0.3, "c": 2}, scale=SCALE[scale], std_floor=0)
+    tensors = map(torch.from_numpy, (mixed.reward, groups, mixed.valid))
+    np.testing.assert_allclose(mixed.advantages, getattr(advantages, scale)(*tensors), rtol=1e-10, atol=1e-12)
 
 
 def test_order_of_groups_and_rows_does_not_matter():
@@ -164,11 +185,11 @@ def test_the_floor_keeps_noise_from_becoming_signal(combine):
 def test_the_baseline_is_the_first_batch():
     values, groups = batch()
     made = mixture("abc", std_floor=1.0, combine="normalize_then_sum")
-    made.mix(values, groups, 0, advantages.grpo)
+    made.mix(values, groups, 0, SCALE["grpo"])
     baseline = made.state_dict()["baseline"]
     inner = np.concatenate([values["a"][groups == g] - values["a"][groups == g].mean() for g in range(6)])
     assert baseline["a"]["a"] == pytest.approx((inner**2).sum() / (len(groups) - 6))
-    made.mix({name: column * 100 for name, column in values.items()}, groups, 1, advantages.grpo)
+    made.mix({name: column * 100 for name, column in values.items()}, groups, 1, SCALE["grpo"])
     assert made.state_dict()["baseline"] == baseline
 
 
@@ -177,11 +198,11 @@ def test_the_floor_of_a_sum_uses_live_weights_and_covariance():
     weights = {"a": 1.0, "b": -0.5, "c": 0.0}
     seen = {}
 
-    def estimator(rewards, groups, valid, floor):
-        seen["floor"] = floor.numpy()
-        return advantages.grpo(rewards, groups, valid, floor)
+    def scale(count, std, floor):
+        seen["floor"] = floor
+        return SCALE["grpo"](count, std, floor)
 
-    mix(values, groups, weights, estimator=estimator, std_floor=0.5)
+    mix(values, groups, weights, scale=scale, std_floor=0.5)
     total = values["a"] - 0.5 * values["b"]
     inner = np.concatenate([total[groups == g] - total[groups == g].mean() for g in range(6)])
     np.testing.assert_allclose(seen["floor"], 0.5 * np.sqrt((inner**2).sum() / (len(groups) - 6)))
@@ -225,12 +246,12 @@ def test_state_survives_json(combine):
     values, groups = batch()
     ramp = {"a": Ramp(start=0, end=1, steps=10)}
     made = mixture("abc", ramp, combine=combine, std_floor=0.9)
-    made.mix(values, groups, 0, advantages.grpo)
+    made.mix(values, groups, 0, SCALE["grpo"])
     made.set_weight("c", 0.25)
     again = mixture("cab", ramp, combine=combine, std_floor=0.9)
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     later, groups = batch(seed=1)
-    first, second = (m.mix(later, groups, 4, advantages.grpo) for m in (made, again))
+    first, second = (m.mix(later, groups, 4, SCALE["grpo"]) for m in (made, again))
     np.testing.assert_allclose(second.advantages, first.advantages, rtol=1e-12)
     fresh = mixture("abc")
     fresh.load_state_dict(json.loads(json.dumps(mixture("abc").state_dict())))
@@ -267,3 +288,8 @@ def test_a_component_without_any_value_has_no_mean():
     assert "reward/b/mean" not in mixed.diagnostics
     assert mixed.diagnostics["correlation/a~b"] == 0
     assert mixed.diagnostics["share/b"] == 0
+
+
+def test_the_mixture_needs_no_torch():
+    code = "import sys, rl_llm.mixture; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -24,7 +24,7 @@ def run_with(
     mixture = Mixture(config.rewards)
     for step, values in enumerate(steps, start=1):
         columns = {name: np.array(column, dtype=np.float32).astype(np.float64) for name, column in values.items()}
-        mixed = mixture.mix(columns, np.array(groups), step, build_algorithm(config.algorithm).estimator)
+        mixed = mixture.mix(columns, np.array(groups), step, build_algorithm(config.algorithm).scale)
         write_rollouts(path, step, values, groups, mixed.advantages.tolist(), **how)
     return path
 

@@ -6,7 +6,8 @@ paper it is from, is in docs/algorithms.md.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from rl_llm.algorithms.correction import BOUNDS
 from rl_llm.algorithms.losses import LOSSES, LossInputs, PolicyLoss, sequence_ratio, token_ratio
 from rl_llm.config import Aggregation, AlgorithmConfig
 from rl_llm.errors import RunFailed, UserError, did_you_mean
+from rl_llm.groups import Scale
 from rl_llm.imports import import_function
 
 AdvantageEstimator = Callable[..., Tensor]
@@ -56,16 +58,17 @@ class Algorithm:
     @property
     def per_token(self) -> bool:
         """Whether advantages are made in the learner, of an outcome a sequence; groups then play no part."""
-        return self.advantage not in advantages.GROUP
+        return self.advantage not in advantages.SCALE
+
+    @property
+    def scale(self) -> Scale:
+        """What the mixture makes advantages with: the group's factor, or 1 and so the distance from the mean."""
+        return advantages.SCALE.get(self.advantage, advantages.SCALE["dr_grpo"])
 
     @property
     def estimator(self) -> AdvantageEstimator:
-        """What the mixture makes advantages with: the group's, or just the reward's distance from the mean."""
-        return advantages.GROUP.get(self.advantage, advantages.dr_grpo)
-
-    def baseline_groups(self, groups: Any) -> Any:
-        """The groups whose mean is the mixture's baseline: the samples of a prompt, or the whole batch; int [N]."""
-        return groups * 0 if self.per_token else groups
+        """The advantage with that factor, `(rewards, groups, valid) -> advantages`, see `advantages.py`."""
+        return partial(advantages.scaled, self.scale)
 
     def loss(self, logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The token loss [R, T], and where the ratio was outside its bounds, bool [R, T]."""

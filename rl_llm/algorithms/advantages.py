@@ -1,14 +1,15 @@
-"""Advantages, as pure tensor functions.
+"""Advantages of groups and of tokens.
 
-Those of groups, made of rewards alone before the learner sees them, share one signature:
-`(rewards, groups, valid, std_floor=0.0) -> advantages` with
+Those of groups, made of rewards alone before the learner sees them, are the centred reward times one factor a group.
+The factor is all they differ in (`SCALE`) and all the mixture asks for. As functions of their own they share one
+signature: `(rewards, groups, valid, std_floor=0.0) -> advantages` with
 
 - `rewards`: float [N], one number a sample;
 - `groups`: int64 [N], samples of one prompt share a number;
 - `valid`: bool [N], rows with a reward; the others leave every statistic and get advantage 0;
-- `std_floor`: a number or float [N], the least standard deviation a row is divided by.
+- `std_floor`: a number or float [N], the least standard deviation a row is divided by; the largest of a group's rows.
 
-Computed in float64 and returned in it, [N]. Within a group each is the centred reward times one factor.
+Computed in float64 and returned in it, [N].
 
 Those of tokens, made in the learner, take rewards a token [N, T] with `mask` bool [N, T], true where the policy chose
 the token. Other tokens (text an environment put in) are stepped over: what follows them carries on where it was before.
@@ -16,52 +17,54 @@ the token. Other tokens (text an environment put in) are stepped over: what foll
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-EPS = 1e-6
+from rl_llm.groups import EPS, Grouped, Scale
 
 
-def _group_moments(rewards: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and unbiased standard deviation of each row's group over valid rows, [N] each."""
-    _, index = torch.unique(groups, return_inverse=True)
-    size = int(index.max()) + 1 if len(index) else 0
-    weight = valid.double()
-    values = torch.where(valid, rewards.double(), 0.0)
+def _over_spread(count: np.ndarray, std: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """One over the group's unbiased standard deviation (arXiv 2402.03300)."""
+    return 1 / (np.maximum(std, floor) + EPS)
 
-    def total(x: Tensor) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64).index_add_(0, index, x)[index]
 
-    count = total(weight)
-    mean = total(values) / count.clamp(min=1)
-    squares = total(weight * (values - mean) ** 2)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return count, mean, std
+def _as_it_is(count: np.ndarray, std: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """1: nothing is divided, so the floor has no part in it (arXiv 2503.20783)."""
+    return np.ones_like(std)
+
+
+def _over_others(count: np.ndarray, std: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """n/(n-1), which makes it the reward minus the mean of the *other* samples (arXiv 2402.14740).
+
+    0 for a single sample, which has no others; the floor has no part in it.
+    """
+    return np.where(count > 1, count / np.maximum(count - 1, 1), 0.0)
+
+
+SCALE: dict[str, Scale] = {"grpo": _over_spread, "dr_grpo": _as_it_is, "rloo": _over_others}
+
+
+def scaled(scale: Scale, rewards: Tensor, groups: Tensor, valid: Tensor, std_floor: float | Tensor = 0.0) -> Tensor:
+    """The centred reward times the group's factor; other arguments and the result as above."""
+    batch = Grouped(torch.where(valid, rewards.double(), torch.nan).numpy(), groups.numpy())
+    floor = batch.largest(torch.as_tensor(std_floor, dtype=torch.float64).expand(len(rewards)).numpy())
+    return torch.from_numpy(batch.centred * scale(batch.counts, batch.std, floor)[batch.index])
 
 
 def grpo(rewards: Tensor, groups: Tensor, valid: Tensor, std_floor: float | Tensor = 0.0) -> Tensor:
-    """Reward minus the group's mean, over the group's unbiased standard deviation (arXiv 2402.03300)."""
-    _, mean, std = _group_moments(rewards, groups, valid)
-    floor = torch.as_tensor(std_floor, dtype=torch.float64)
-    return torch.where(valid, (rewards.double() - mean) / (torch.maximum(std, floor) + EPS), 0.0)
+    """Reward minus the group's mean, over the group's standard deviation."""
+    return scaled(SCALE["grpo"], rewards, groups, valid, std_floor)
 
 
 def dr_grpo(rewards: Tensor, groups: Tensor, valid: Tensor, std_floor: float | Tensor = 0.0) -> Tensor:
-    """Reward minus the group's mean; nothing is divided, so `std_floor` has no part in it (arXiv 2503.20783)."""
-    _, mean, _ = _group_moments(rewards, groups, valid)
-    return torch.where(valid, rewards.double() - mean, 0.0)
+    """Reward minus the group's mean."""
+    return scaled(SCALE["dr_grpo"], rewards, groups, valid, std_floor)
 
 
 def rloo(rewards: Tensor, groups: Tensor, valid: Tensor, std_floor: float | Tensor = 0.0) -> Tensor:
-    """Reward minus the mean of the *other* samples, n/(n-1) times the centred reward (arXiv 2402.14740).
-
-    A group with a single valid row has no baseline and gets 0; `std_floor` has no part in it.
-    """
-    count, mean, _ = _group_moments(rewards, groups, valid)
-    return torch.where(valid & (count > 1), (rewards.double() - mean) * count / (count - 1).clamp(min=1), 0.0)
-
-
-GROUP = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+    """Reward minus the mean of the group's other samples."""
+    return scaled(SCALE["rloo"], rewards, groups, valid, std_floor)
 
 
 def token_rewards(outcomes: Tensor, mask: Tensor) -> Tensor:

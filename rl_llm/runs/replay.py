@@ -164,8 +164,8 @@ def _replay_step(run: RunFiles, step: int, own: Mixture, other: Mixture) -> _Ste
     algorithm = build_algorithm(run.config.algorithm)
     components = component_columns(table)
     groups = np.unique(table["group"].to_numpy(), return_inverse=True)[1]
-    baseline = algorithm.baseline_groups(groups)
-    mine, theirs = (mixture.mix(components, baseline, step, algorithm.estimator) for mixture in (own, other))
+    mixed_by = None if algorithm.per_token else groups
+    mine, theirs = (mixture.mix(components, mixed_by, step, algorithm.scale) for mixture in (own, other))
     before = table["advantage"].to_numpy(zero_copy_only=False).astype(np.float64)
     after = theirs.advantages
     flips = (np.minimum(np.abs(before), np.abs(after)) > SAME) & (np.sign(before) != np.sign(after))

@@ -169,8 +169,8 @@ class Trainer:
             components, rollouts.scores, rollouts.prompt_ids, step + 1, self._note_failure
         )
         clock.lap("rollout")
-        groups = self.algorithm.baseline_groups(rollouts.groups)
-        mixed = self.mixture.mix(_values(resolved), groups, step, self.algorithm.estimator)
+        groups = None if self.algorithm.per_token else rollouts.groups
+        mixed = self.mixture.mix(_values(resolved), groups, step, self.algorithm.scale)
         clock.lap("mixture")
         columns = _columns(resolved, mixed, _trained(mixed, rollouts), self.algorithm.per_token)
         table = rollout_table(self.path, step + 1, self.config.logging.rollouts)
