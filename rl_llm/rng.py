@@ -15,9 +15,9 @@ class Purpose(IntEnum):
     """What is drawn, and what the counter beside it counts."""
 
     SAMPLE = 0  # tokens of a training sample; sample ids
-    SHUFFLE = 0  # the order of prompts; epochs
-    HELD_OUT = 0  # which rows of a split are measured; rows of the split
-    BOOTSTRAP = 0  # resampled means; values
+    SHUFFLE = 1  # the order of prompts; epochs
+    HELD_OUT = 2  # which rows of a split are measured; rows of the split
+    BOOTSTRAP = 3  # resampled means; values
     MINIBATCH = 16  # which groups share an update; steps
     EXAMPLES = 32  # supervised examples; 1 for self-supervised ones
     EVALUATION = 64  # tokens of an evaluation's samples; samples
