@@ -4,8 +4,13 @@
 
 MODEL is a Hugging Face folder, or `scratch` for an untrained one of a million parameters. DATA is a file of texts with
 a reference each, such as JSON lines. Both sides train on the same prompts: 8 of 64 tokens with 8 completions of 32
-tokens each, bf16 over fp32 weights, chrF as the reward, no KL. Each side is a process of its own, with its own peak
-memory, and the two take turns: step k of the one, then step k of the other.
+tokens each, fp32 weights, chrF as the reward, no KL. Both compute in bf16 where the processor has it and in fp32 where
+it would have to be emulated, by rl-llm's own rule for `policy.precision=auto`; `--precision` sets it. Each side is a
+process of its own, with its own peak memory, and the two take turns: step k of the one, then step k of the other.
+The first line names processor and precision. Lines that begin with "rl-llm's" say what share of the matrix peak its
+step reaches: the step's arithmetic a second, counted from the model's shape (see `count_work`), over that of a large
+square product in the same precision with as many threads, measured in the same call. Rollout and learning have a line
+each too: decoding reads all weights for one token of each row, so it is bound by memory.
 The last line is one ratio, the median over the pairs of TRL's seconds / rl-llm's seconds.
 """
 
@@ -13,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -25,6 +31,32 @@ from typing import Any
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 64, 32
 LEARNING_RATE = 1e-6
+# What a processor computes matrix products with, the best first.
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+
+
+def describe_processor() -> str:
+    """The processor's name, the numbers that tell it apart where the name is vague, and what it has for products."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    flags = facts.get("flags", "").split()
+    has = [name for name in INSTRUCTIONS if name in flags]
+    return (
+        f"{facts.get('model name', platform.machine())} (cpu family {facts.get('cpu family', '?')}, model "
+        f"{facts.get('model', '?')}) with {', '.join(has) or 'none of ' + ', '.join(INSTRUCTIONS)}"
+    )
+
+
+def resolve_precision(precision: str) -> str:
+    """`bf16` or `fp32`: as told, or what a run of rl-llm takes on this processor."""
+    import torch
+
+    from rl_llm.policies.causal_lm import wants_bf16
+
+    return "bf16" if wants_bf16(precision, torch.device("cpu")) else "fp32"
 
 
 def cut_prompts(model: str, args: argparse.Namespace, path: Path) -> None:
@@ -67,7 +99,7 @@ def rl_llm_side(args: argparse.Namespace, folder: Path) -> None:
     config = build_config(
         {
             "task": {"data": args.data, "columns": {"reference": "reference"}},
-            "policy": {"model": args.model, "precision": "bf16"},
+            "policy": {"model": args.model, "precision": args.precision},
             "rollout": {
                 "prompts_per_step": PROMPTS,
                 "samples_per_prompt": SAMPLES,
@@ -128,7 +160,7 @@ def trl_side(args: argparse.Namespace, folder: Path) -> None:
 
     config = GRPOConfig(
         output_dir=str(folder),
-        bf16=True,
+        bf16=args.precision == "bf16",
         use_cpu=True,
         model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=args.trl_batch,
@@ -162,10 +194,19 @@ def ask() -> None:
 
 
 def tell(total: float, rollout: float, length: float, extra: dict[str, float]) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    step = {"total": total, "rollout": rollout, "learn": total - rollout, "length": length, "peak": peak, **extra}
-    print(json.dumps(step), flush=True, file=OUT)
+    step = {"total": total, "rollout": rollout, "learn": total - rollout, "length": length, "peak": peak_memory()}
+    print(json.dumps(step | extra), flush=True, file=OUT)
     ask()
+
+
+def peak_memory() -> float:
+    """This process's, in GiB."""
+    status = Path("/proc/self/status")
+    # On Linux a started program's `ru_maxrss` begins at its parent's, so a small side would show the parent's peak.
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    # macOS counts in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 SIDES = {"rl-llm": rl_llm_side, "TRL": trl_side}
@@ -180,7 +221,7 @@ class Side:
         self.name = name
         folder.mkdir()
         command = [sys.executable, __file__, model, str(data), "--side", name, "--folder", str(folder)]
-        command += ["--threads", str(args.threads), "--trl-batch", str(args.trl_batch)]
+        command += ["--precision", args.precision, "--threads", str(args.threads), "--trl-batch", str(args.trl_batch)]
         command += [
             "--microbatch-tokens",
             str(args.microbatch_tokens),
@@ -219,6 +260,71 @@ class Side:
         self.log.close()
 
 
+def count_work(model: str) -> dict[str, float]:
+    """Floating-point operations of rl-llm's step and of its parts, for a dense model whose weights all train.
+
+    A forward pass of a token is 2 x the weights in matrices, embeddings left out and the head only where there are
+    logits, and for each layer 4 x hidden x keys: 2 for the scores, 2 for the weighted values. Keys are those a token
+    may see, itself included, so what a mask hides does not count; neither do norms, softmax, the optimiser, or scores
+    that are made again for the backward pass.
+
+        rollout: each prompt once for its group, head on its last token; then all tokens of each row but the last, which
+                 is drawn and never read, head on every one
+        learn:   3 x (forward, and twice that for backward) each prompt once for its group and all tokens of each row,
+                 head for every one of these
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    modules = [module for module in lm.base_model.modules() if not isinstance(module, torch.nn.Embedding)]
+    body = sum(p.numel() for module in modules for p in module.parameters(recurse=False) if p.ndim == 2)
+    head = lm.get_output_embeddings().weight.numel()
+    heads = lm.config.num_attention_heads
+    # Of attention: a few models have heads that do not come to the hidden size.
+    hidden = heads * (getattr(lm.config, "head_dim", None) or lm.config.hidden_size // heads)
+    rows = PROMPTS * SAMPLES
+
+    def keys(before: int, tokens: int) -> int:
+        return sum(range(before + 1, before + tokens + 1))
+
+    def forward(own: int, logits: int) -> int:
+        products = body * (PROMPTS * PROMPT_TOKENS + rows * own) + head * logits
+        seen = PROMPTS * keys(0, PROMPT_TOKENS) + rows * keys(PROMPT_TOKENS, own)
+        return 2 * products + 4 * hidden * lm.config.num_hidden_layers * seen
+
+    rollout = forward(NEW_TOKENS - 1, logits=PROMPTS + rows * (NEW_TOKENS - 1))
+    learn = 3 * forward(NEW_TOKENS, logits=rows * NEW_TOKENS)
+    return {"total": rollout + learn, "rollout": rollout, "learn": learn}
+
+
+def measure_peak(precision: str, threads: int, size: int = 2048, times: int = 5) -> float:
+    """Floating-point operations a second of a large square product, the best of some."""
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b, out = (torch.randn(size, size).to(dtype) for _ in range(3))
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        # As in a linear layer, whose order of the second matrix is the one that emulated bf16 is not slowest at.
+        torch.mm(a, b.t(), out=out)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def show_share(steps: list[dict[str, float]], work: dict[str, float], peak: float) -> None:
+    for key, name in (("total", "step"), ("rollout", "rollout"), ("learn", "learn and rest")):
+        speed = work[key] / statistics.median(step[key] for step in steps)
+        print(
+            f"rl-llm's {name} is {work[key] / 1e9:,.1f} GFLOP at {speed / 1e9:,.0f} GFLOP/s, "
+            f"{100 * speed / peak:.0f} % of the {peak / 1e9:,.0f} GFLOP/s that a large product reaches",
+            flush=True,
+        )
+
+
 def show(name: str, steps: list[dict[str, float]]) -> None:
     total, rollout, learn = (statistics.median(s[key] for s in steps) for key in ("total", "rollout", "learn"))
     print(
@@ -237,6 +343,7 @@ def main() -> None:
     parser.add_argument("--reference", default="synopsis", help="column with the reference")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="pairs of steps before the measured ones")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of both sides")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--microbatch-tokens", type=int, default=640, help="rl-llm's learner.tokens_per_microbatch")
     parser.add_argument("--trl-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
@@ -253,6 +360,8 @@ def main() -> None:
         return
     if importlib.util.find_spec("trl") is None and args.only != "rl-llm":
         raise SystemExit("this comparison needs TRL: pip install trl")
+    args.precision = resolve_precision(args.precision)
+    print(f"{describe_processor()}; {args.precision}, {args.threads} threads", flush=True)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         model = build_scratch_model(args, folder / "scratch") if args.model == "scratch" else args.model
@@ -262,12 +371,17 @@ def main() -> None:
             for name in SIDES
             if args.only in (None, name)
         ]
+        # Both times the sides wait for their turn. Others share the processor, so the better one counts.
+        peak = 0.0 if args.only == "TRL" else measure_peak(args.precision, args.threads)
         rounds = [[side.step() for side in sides] for _ in range(args.warm_up + args.pairs)][args.warm_up :]
         for at, side in enumerate(sides):
             show(side.name, [steps[at] for steps in rounds])
-            if args.only == "rl-llm":
-                for steps in rounds:
-                    print({key: round(value, 6) for key, value in steps[0].items()})
+        if args.only != "TRL":
+            peak = max(peak, measure_peak(args.precision, args.threads))
+            show_share([steps[0] for steps in rounds], count_work(model), peak)
+        if args.only == "rl-llm":
+            for steps in rounds:
+                print({key: round(value, 6) for key, value in steps[0].items()})
         if args.only is None:
             ratio = statistics.median(trl["total"] / ours["total"] for ours, trl in rounds)
             print(f"{ratio:.2f}")
