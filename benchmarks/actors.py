@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ import ray
 
 from rl_llm.config import RunConfig, load_config
 from rl_llm.launch.preflight import load_tokenizer, make_plan
-from rl_llm.launch.training import ensure_base
-from rl_llm.runs.console import Console
-from rl_llm.runtime.pool import connected, fetch
+from rl_llm.launch.warm_start import ensure_base
+from rl_llm.runtime import connected
+from rl_llm.runtime.replica import fetch
 from rl_llm.trainer.trainer import Trainer
 
 ACTORS = [f"resources.num_{kind}=1" for kind in ("rollout_workers", "reward_workers", "learners")]
@@ -34,13 +34,11 @@ Timed = tuple[float, dict[str, Any]]
 """Seconds of a step, and its metrics."""
 
 
-def make_trainer(config: RunConfig, folder: Path) -> Trainer:
+def open_trainer(config: RunConfig, folder: Path) -> AbstractContextManager[Trainer]:
     plan = make_plan(config, {}, None)
-    base = ensure_base(config, plan.task, Console())
+    base = ensure_base(config, plan.task, print)
     plan.task.tokenize(load_tokenizer(base))
-    trainer = Trainer(config, folder, plan.task, base, {}, [], Console(), None)
-    trainer.crew.publish(0)
-    return trainer
+    return Trainer.open(config, folder, plan.task, base)
 
 
 def timed_step(trainer: Trainer) -> Timed:
@@ -59,8 +57,8 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         connected(actors.resources),
-        closing(make_trainer(here, Path(folder) / "here")) as one,
-        closing(make_trainer(actors, Path(folder) / "actors")) as many,
+        open_trainer(here, Path(folder) / "here") as one,
+        open_trainer(actors, Path(folder) / "actors") as many,
     ):
         pairs = []
         for k in range(args.warm_up + args.pairs):
@@ -87,9 +85,8 @@ def show_weights(trainer: Trainer) -> None:
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        trainer.crew.publish(trainer.steps_done)
+        weights = trainer.workers.channel.publish(trainer.learner, trainer.steps_done).data
         seconds.append(time.perf_counter() - start)
-    weights = trainer.crew.weights
     readers = [
         where_it_lies(fetch([weights])[0]),
         ray.get(ray.remote(where_it_lies).options(num_cpus=0).remote(weights)),

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from rl_llm.config import PolicyConfig
-from rl_llm.policies import CausalLM
-from rl_llm.rollout import SamplingParams, engine
+from rl_llm.policies import CausalLM, SamplingParams, decoding
+from rl_llm.rollout import LocalEngine, RolloutRequest, sample_shard
+from rl_llm.runtime.weights import InPlace, Weights
 
 SAMPLES, PROMPT_TOKENS, LIMIT, MEDIAN = 8, 64, 32, 6
 
@@ -34,11 +35,15 @@ def long_tailed(rows: int) -> np.ndarray:
 
 
 def ours(policy: CausalLM, prompts: np.ndarray, lengths: np.ndarray) -> int:
-    class Forced(engine._Decoding):
+    class Forced(decoding.Decoding):
         def _record(self, step: int, tokens: Tensor, logprobs: Tensor, log_kept_mass: Tensor) -> None:
             tokens[torch.from_numpy(lengths)[self.active] == step + 1] = self.end_ids[0]
             super()._record(step, tokens, logprobs, log_kept_mass)
 
+    # The end token is banned throughout: a row ends where it is told to.
+    params = SamplingParams(SAMPLES, 1.0, 1.0, 0, LIMIT, LIMIT, (), seed=0)
+    ids = np.arange(len(lengths))
+    groups = ids // SAMPLES
     table = pa.table(
         {
             "prompt_id": pa.array(range(len(prompts)), type=pa.int64()),
@@ -46,11 +51,9 @@ def ours(policy: CausalLM, prompts: np.ndarray, lengths: np.ndarray) -> int:
             "prompt_ids": pa.array(prompts.tolist(), type=pa.list_(pa.int32())),
         }
     )
-    # The end token is banned throughout: a row ends where it is told to.
-    params = SamplingParams(SAMPLES, 1.0, 1.0, 0, LIMIT, LIMIT, (), seed=0)
-    ids = np.arange(len(lengths))
-    with mock.patch.object(engine, "_Decoding", Forced):
-        shard = engine.generate(policy, table, ids, ids // SAMPLES, params, version=0)
+    request = RolloutRequest(table, ids, groups, params, Weights(number=0, step=0))
+    with mock.patch.object(decoding, "Decoding", Forced):
+        shard = sample_shard(LocalEngine(policy, InPlace()), request)
     return sum(map(len, shard["completion_ids"].to_pylist()))
 
 

@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ from sacrebleu.metrics import CHRF
 
 from rl_llm.config import ComponentConfig, ResourcesConfig
 from rl_llm.rewards import RewardWorker, Scores, known
-from rl_llm.runtime.pool import Factory, Pool, Request, as_completed, connected, share
+from rl_llm.runtime import connected
+from rl_llm.runtime.actor import Actor
+from rl_llm.runtime.pool import Pool
+from rl_llm.runtime.replica import put
 from rl_llm.table import make_shard
 
 WORDS = 64
@@ -65,9 +69,7 @@ def make_batch(rows: int, group: int, rng: random.Random) -> pa.Table:
 
 
 def through_pool(pool: Pool, component: str, shard: Any) -> Scores:
-    pool.submit(Request("batch", "score", (component, shard), deadline_s=600.0))
-    [(_, _, outcome)] = as_completed(pool)
-    return outcome.result()
+    return pool.call("score", component, shard)
 
 
 def through_library(completions: list[str], references: list[str]) -> list[float]:
@@ -84,7 +86,7 @@ def show_components(pool: Pool, names: list[str], rng: random.Random, calls: int
         "| component | rows a batch | batches | rows a second | median, ms | 99 %, ms |\n|---|---:|---:|---:|---:|---:|"
     )
     for rows in SIZES:
-        shards = [share(make_batch(rows, GROUP, rng)) for _ in range(calls)]
+        shards = [put(make_batch(rows, GROUP, rng)) for _ in range(calls)]
         for name in names:
             through_pool(pool, name, shards[-1])
             seconds: list[float] = []
@@ -103,7 +105,7 @@ def compare(pool: Pool, rows: int, group: int, rng: random.Random, pairs: int) -
     seconds: list[list[float]] = []
     for turn in range(pairs + 2):
         table = make_batch(rows, group, rng)
-        shard, took, values = share(table), [0.0, 0.0], [[0.0], [0.0]]
+        shard, took, values = put(table), [0.0, 0.0], [[0.0], [0.0]]
         completions, references = (table[name].to_pylist() for name in ("completion", "field/reference"))
         for side in (turn % 2, 1 - turn % 2):
             start = time.perf_counter()
@@ -127,9 +129,11 @@ def main() -> None:
     args = parser.parse_args()
     names = list(known())
     configs = {name: ComponentConfig(use=name, args=ARGS.get(name, {})) for name in names}
-    factory = Factory(RewardWorker, (configs, {}))
-    rng = random.Random(0)
-    with connected(ResourcesConfig(num_reward_workers=1)), closing(Pool("reward", factory, 1)) as pool:
+    make, rng = partial(RewardWorker, configs, {}), random.Random(0)
+    with (
+        connected(ResourcesConfig(num_reward_workers=1)),
+        closing(Pool("reward", make, lambda index: Actor(1, {}), 1)) as pool,
+    ):
         if args.calls:
             show_components(pool, names, rng, args.calls, args.budget)
         print("\n| rows | rows a reference | pool, ms | library, ms | ratio |\n|---:|---:|---:|---:|---:|")

@@ -54,7 +54,7 @@ def resolve_precision(precision: str) -> str:
     """`bf16` or `fp32`: as told, or what a run of rl-llm takes on this processor."""
     import torch
 
-    from rl_llm.policies.causal_lm import wants_bf16
+    from rl_llm.policies.base import wants_bf16
 
     return "bf16" if wants_bf16(precision, torch.device("cpu")) else "fp32"
 
@@ -92,8 +92,7 @@ def build_scratch_model(args: argparse.Namespace, folder: Path) -> str:
 def rl_llm_side(args: argparse.Namespace, folder: Path) -> None:
     from rl_llm.config import build_config
     from rl_llm.launch.preflight import make_plan
-    from rl_llm.launch.training import ensure_base
-    from rl_llm.runs.console import Console
+    from rl_llm.launch.warm_start import ensure_base
     from rl_llm.trainer.trainer import Trainer
 
     config = build_config(
@@ -115,17 +114,15 @@ def rl_llm_side(args: argparse.Namespace, folder: Path) -> None:
         },
         args.set,
     )
-    (folder / "rollouts").mkdir()
     plan = make_plan(config, {}, None)
-    trainer = Trainer(config, folder, plan.task, ensure_base(config, plan.task, Console()), {}, [], Console(), None)
-    trainer.crew.publish(0)
-    ask()
-    while True:
-        start = time.perf_counter()
-        metrics = trainer.step()
-        total = time.perf_counter() - start
-        extra = {"mismatch": metrics["mismatch"], "grad_norm": metrics["grad_norm"]}
-        tell(total, metrics["time/rollout"], metrics["completion/length"], extra)
+    with Trainer.open(config, folder, plan.task, ensure_base(config, plan.task, print)) as trainer:
+        ask()
+        while True:
+            start = time.perf_counter()
+            metrics = trainer.step()
+            total = time.perf_counter() - start
+            extra = {"mismatch": metrics["mismatch"], "grad_norm": metrics["grad_norm"]}
+            tell(total, metrics["time/rollout"], metrics["completion/length"], extra)
 
 
 def trl_side(args: argparse.Namespace, folder: Path) -> None:
