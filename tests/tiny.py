@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -158,6 +159,11 @@ def timeless(line: dict[str, Any]) -> dict[str, Any]:
 
 def metrics(path: Path) -> list[dict[str, Any]]:
     return [timeless(line) for line in read_jsonl(path / "metrics.jsonl")]
+
+
+def table(path: Path, step: int) -> pa.Table:
+    """A rollout table of a run directory without a config."""
+    return pq.read_table(path / "rollouts" / f"step-{step:06d}.parquet")
 
 
 def rollouts(path: Path) -> dict[str, pa.Table]:
