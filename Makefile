@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart test test-slow test-floats lint clean
 
 install: .venv/installed
 
@@ -22,6 +22,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Other kernels round otherwise, and what is learned must not hang on it.
+test-floats: install
+	$(BIN)/python -m pytest -m learning --seeds 5
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m learning --seeds 5
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -m learning --seeds 5
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,14 +1,15 @@
-"""docs/algorithms.md: every row of its table, with exactly its settings, learns; and so does its loss of one's own."""
+"""docs/algorithms.md: every row of its table runs with exactly its settings; and so does its loss of one's own."""
 
 import re
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from conftest import Tiny
 
 from rl_llm.config import build_config
+from rl_llm.config.overrides import read_yaml
 
 PAGE = (Path(__file__).parent.parent / "docs" / "algorithms.md").read_text()
 ROWS = {
@@ -17,30 +18,25 @@ ROWS = {
 }
 
 
-def gold(completions: list[str], **columns: Any) -> list[float]:
-    """The share of words that are "gold"; the first policy says any of four colours."""
-    return [text.split().count("gold") / max(len(text.split()), 1) for text in completions]
-
-
-def learned(tiny_run: Tiny, path: Path, overrides: list[str]) -> tuple[float, float]:
-    """The mean reward of the first two steps, and of the last two."""
-    components: dict[str, Any] = {"gold": {"use": "function:gold"}}
-    if any("overlong" in override for override in overrides):
-        components["overlong"] = {"args": {"limit": 5, "buffer": 2}}
+def assert_runs(tiny_run: Tiny, path: Path, overrides: list[str]) -> None:
+    """Two steps with these settings, as the run noted them, are made of updates that are numbers."""
     settings = tiny.settings(
         tiny_run.policy,
         tiny_run.data,
-        rewards={"components": components},
-        rollout={"prompts_per_step": 8, "samples_per_prompt": 16, "rows_per_request": 64, "max_new_tokens": 5},
-        learner={"lr": 3e-3},
         evaluation={"every": 100, "prompts": 4, "test_prompts": 4},
-        checkpoint={"every": 1000},
-        logging={"rollouts": 0, "tensorboard": False},
-        trainer={"steps": 30},
+        checkpoint={"every": 100},
+        trainer={"steps": 2},
     )
-    run = tiny.train(build_config(settings, overrides), path, functions={"gold": gold})
-    reward = run.metrics["reward/gold/mean"]
-    return reward.iloc[:2].mean(), reward.iloc[-2:].mean()
+    run = tiny.train(build_config(settings, overrides), path)
+    for override in overrides:
+        keys, _, value = override.partition("=")
+        found = run.config.model_dump()
+        for key in keys.split("."):
+            found = found[key]
+        assert found == read_yaml(value), keys
+    assert (run.status, len(run.metrics), run.metrics["bad_steps"].max()) == ("finished", 2, 0)
+    assert np.isfinite(run.metrics.to_numpy(dtype=float)).all()
+    assert (run.metrics["grad_norm"] > 0).all()
 
 
 def test_the_table_has_a_row_for_every_preset() -> None:
@@ -49,17 +45,13 @@ def test_the_table_has_a_row_for_every_preset() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_settings_of_a_row_learn_the_probe_task(tiny_run: Tiny, tmp_path: Path, row: str) -> None:
-    first, last = learned(tiny_run, tmp_path / "run", ROWS[row])
-    assert first < 0.4
-    assert last > 0.8
+def test_settings_of_a_row_run(tiny_run: Tiny, tmp_path: Path, row: str) -> None:
+    assert_runs(tiny_run, tmp_path / "run", ROWS[row])
 
 
-def test_documented_loss_learns_the_probe_task(tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_loss_runs(tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [code] = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     (tmp_path / "my_losses.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     [line] = re.findall(r"^rl-llm train my_run.yaml (.*)$", PAGE, flags=re.M)
-    first, last = learned(tiny_run, tmp_path / "run", line.split())
-    assert first < 0.4
-    assert last > 0.8
+    assert_runs(tiny_run, tmp_path / "run", line.split())

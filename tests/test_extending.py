@@ -45,9 +45,10 @@ def warm(completions: list[str], colour: list[str], **columns: Any) -> list[floa
     return [float(text == LABELS[name in ("red", "gold")]) for text, name in zip(completions, colour, strict=True)]
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("algorithm", [{"name": "grpo", "kl": {"coef": 0.01}}, {"name": "ppo"}], ids=["grpo", "ppo"])
 def test_policy_of_two_labels_learns_through_the_same_loop(
-    tiny_run: Tiny, tmp_path: Path, algorithm: dict[str, Any]
+    tiny_run: Tiny, tmp_path: Path, algorithm: dict[str, Any], seed: int
 ) -> None:
     model = build_classifier(tmp_path / "classifier", tiny_run.policy)
     config = tiny_run.config(
@@ -56,7 +57,7 @@ def test_policy_of_two_labels_learns_through_the_same_loop(
         rewards={"components": {"warm": {"use": "function:warm"}}},
         algorithm=algorithm,
         learner={"lr": 3e-3},
-        trainer={"steps": 30},
+        trainer={"steps": 30, "seed": seed},
         evaluation={"every": 15},
     )
     run = tiny.train(config, tmp_path / "run", functions={"warm": warm})

@@ -1,4 +1,9 @@
-"""Learning, on tasks with a known answer: they must be solved."""
+"""Learning, on tasks with one optimum that is known. Every seed has to get near it, on every processor.
+
+Most policies here are untrained: they say any of 300 tokens, and a reward that counts tokens of some kind tells the
+samples of a group apart from the first step on, so nothing hangs on a lucky sample. Runs end soon after the optimum is
+reached: later groups are almost all equal, and the few that are not would move the policy by chance.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,111 +12,130 @@ import pytest
 import tiny
 from conftest import Tiny
 
+from rl_llm.algorithms import PRESETS
+from rl_llm.algorithms.losses import LOSSES
 from rl_llm.runs.run import Run
 
+pytestmark = pytest.mark.learning
+
 # At a policy's rate values keep up with rates as high as these tests'.
-VALUE = {"lr_factor": 1.0}
+OWN_VALUES = {"model": "own", "lr_factor": 1.0}
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    **{name: {"name": name} for name in ("grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo")},
-    **{name: {"name": name, "value": VALUE} for name in ("reinforce", "reinforce_pp", "ppo")},
-    "ppo_own": {"name": "ppo", "value": {**VALUE, "model": "own"}},
-    "td": {"name": "reinforce", "advantage": "gae", "lam": 0.0, "gamma": 0.9, "value": {**VALUE, "model": "own"}},
+    **{name: {"name": name} for name in PRESETS},
+    "ppo": {"name": "ppo", "value": {"lr_factor": 1.0}},
+    "ppo_own": {"name": "ppo", "value": OWN_VALUES},
 }
-TOKEN = 150
 
 
-def solve(tiny_run: Tiny, path: Path, functions: dict[str, Any], steps: int, **sections: Any) -> Run:
-    components = {name: {"use": f"function:{name}"} for name in functions}
-    sections = {"rewards": {}, "evaluation": {}, **sections}
-    sections["rewards"] = {"components": components, **sections["rewards"]}
-    sections["evaluation"] = {"every": 20, "prompts": 6, "test_prompts": 8, **sections["evaluation"]}
-    config = tiny_run.config(
-        **sections, trainer={"steps": steps}, checkpoint={"every": 1000}, logging={"rollouts": 0, "tensorboard": False}
-    )
-    return tiny.train(config, path, functions=functions)
+def solve(
+    tiny_run: Tiny,
+    path: Path,
+    seed: int,
+    functions: dict[str, Any],
+    steps: int,
+    untrained: bool = True,
+    **sections: Any,
+) -> Run:
+    """A run of four updates a step; the keys in `sections` go over its settings."""
+    random = {"model": str(tiny_run.policy.parent / "random")} if untrained else {}
+    base: dict[str, dict[str, Any]] = {
+        "policy": random,
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 16, "rows_per_request": 256, "max_new_tokens": 4},
+        "rewards": {"components": {name: {"use": f"function:{name}"} for name in functions}},
+        "learner": {"lr": 1e-2, "epochs": 2, "minibatches": 2},
+        "evaluation": {"every": 1000, "prompts": 6, "test_prompts": 8},
+        "checkpoint": {"every": 1000},
+        "logging": {"rollouts": 0, "tensorboard": False},
+        "trainer": {"steps": steps, "seed": seed},
+    }
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
+    return tiny.train(tiny_run.config(**merged), path, functions=functions)
 
 
-def after(run: Run, metric: str) -> float:
-    return run.summary["after"][metric]["mean"]
+def sampled(run: Run, name: str) -> list[float]:
+    """A component's mean over the samples of each step."""
+    return run.metrics[f"reward/{name}/mean"].tolist()
 
 
-def one_token(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """Constant target: the share of tokens that are a certain one."""
-    return [ids.count(TOKEN) / len(ids) for ids in completion_ids]
+def greedy(run: Run, when: str, name: str) -> float:
+    """A component's mean over the greedy answers to test prompts, "before" or "after"."""
+    return run.summary[when][name]["mean"]
 
 
-def constant_target(tiny_run: Tiny, path: Path, algorithm: str, steps: int, **sections: Any) -> Run:
-    """An untrained policy is to find one token of 300."""
-    run = solve(
-        tiny_run,
-        path,
-        {"one_token": one_token},
-        steps=steps,
-        policy={"model": str(tiny_run.policy.parent / "random")},
-        algorithm=ALGORITHMS[algorithm],
-        rollout={"prompts_per_step": 8, "samples_per_prompt": 16, "rows_per_request": 64, "max_new_tokens": 8},
-        **sections,
-    )
-    assert run.summary["before"]["one_token"]["mean"] < 0.1
-    return run
+def share_of_multiples(completion_ids: list[list[int]], of: int) -> list[float]:
+    return [sum(token % of == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def eighths(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return share_of_multiples(completion_ids, of=8)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_constant_target_is_found_by_an_untrained_policy(tiny_run: Tiny, tmp_path: Path, algorithm: str) -> None:
-    # Without returns, credit has to come back through the values, token by token.
-    run = constant_target(tiny_run, tmp_path / "run", algorithm, steps=60 if algorithm == "td" else 40)
-    assert after(run, "one_token") > 0.9
-    assert run.metrics["reward/one_token/mean"].iloc[-1] > 0.9  # sampled, not only greedy
+def test_constant_target_is_found_by_an_untrained_policy(
+    tiny_run: Tiny, tmp_path: Path, algorithm: str, seed: int
+) -> None:
+    """The target is one token of eight."""
+    settings = ALGORITHMS[algorithm]
+    run = solve(tiny_run, tmp_path / "run", seed, {"eighths": eighths}, steps=15, algorithm=settings)
+    assert max(greedy(run, "before", "eighths"), sampled(run, "eighths")[0]) < 0.25
+    assert min(greedy(run, "after", "eighths"), sampled(run, "eighths")[-1]) > 0.9
+    if PRESETS[settings["name"]].policy_loss is LOSSES["clipped"]:
+        assert run.metrics["clip_fraction"].max() > 0
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "cispo", "reinforce_pp", "ppo"])
-def test_several_updates_a_step_find_it_in_fewer_steps(tiny_run: Tiny, tmp_path: Path, algorithm: str) -> None:
-    learner = {"lr": 1e-2, "epochs": 2, "minibatches": 2}
-    run = constant_target(tiny_run, tmp_path / "run", algorithm, steps=20, learner=learner)
-    assert after(run, "one_token") > 0.9
-    assert run.metrics["reward/one_token/mean"].iloc[-1] > 0.9
-    assert run.metrics["clip_fraction"].max() > 0
+def test_credit_comes_back_through_the_values(tiny_run: Tiny, tmp_path: Path, seed: int) -> None:
+    """With lambda 0 a token hears of the outcome at the end only from the value of what comes after it."""
+
+    def first(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [float(ids[0] % 8 == 0) for ids in completion_ids]
+
+    td = {"name": "reinforce", "advantage": "gae", "lam": 0.0, "gamma": 0.9, "value": OWN_VALUES}
+    rollout = {"max_new_tokens": 2, "min_new_tokens": 2}
+    run = solve(tiny_run, tmp_path / "run", seed, {"first": first}, steps=25, algorithm=td, rollout=rollout)
+    assert max(greedy(run, "before", "first"), sampled(run, "first")[0]) < 0.25
+    assert min(greedy(run, "after", "first"), sampled(run, "first")[-1]) > 0.9
 
 
-def echo(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
-    """Prompt-dependent target: the word the prompt ends with."""
-    return [float(text.split() == [wanted]) for text, wanted in zip(completions, colour, strict=True)]
-
-
-def prompt_dependent_target(tiny_run: Tiny, path: Path, algorithm: str, steps: int, lr: float) -> Run:
-    return solve(
-        tiny_run,
-        path / "run",
-        {"echo": echo},
-        steps=steps,
-        task={"data": str(tiny.write_task(path / "task.jsonl", count=96))},
-        algorithm=ALGORITHMS[algorithm],
-        learner={"lr": lr},
-        # Warmer than 1, or some colours are given up before they were tried where they belong.
-        rollout={
-            "prompts_per_step": 16, "samples_per_prompt": 16, "rows_per_request": 256, "max_new_tokens": 1,
-            "temperature": 1.5,
-        },
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
 def test_prompt_dependent_target_is_learned_and_holds_for_unseen_prompts(
-    tiny_run: Tiny, tmp_path: Path, algorithm: str
+    tiny_run: Tiny, tmp_path: Path, seed: int
 ) -> None:
-    run = prompt_dependent_target(tiny_run, tmp_path, algorithm, steps=250, lr=1e-3)
-    assert run.summary["before"]["echo"]["mean"] < 0.5
-    assert after(run, "echo") >= 0.95
+    """The colour at the end of the prompt says which quarter of the tokens is wanted."""
+
+    def asked(completion_ids: list[list[int]], colour: list[str], **columns: Any) -> list[float]:
+        wanted = map(tiny.COLOURS.index, colour)
+        return [float(ids[0] % 4 == quarter) for ids, quarter in zip(completion_ids, wanted, strict=True)]
+
+    run = solve(
+        tiny_run,
+        tmp_path / "run",
+        seed,
+        {"asked": asked},
+        steps=30,
+        task={"data": str(tiny.write_task(tmp_path / "task.jsonl", count=96))},
+        rollout={"prompts_per_step": 16, "max_new_tokens": 1},
+        learner={"schedule": "linear"},
+        evaluation={"test_prompts": 16},
+    )
+    assert max(greedy(run, "before", "asked"), sampled(run, "asked")[0]) < 0.5
+    assert min(greedy(run, "after", "asked"), sampled(run, "asked")[-1]) > 0.9
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce_pp", "ppo"])
-def test_without_groups_a_prompt_dependent_target_is_learned_in_part(
-    tiny_run: Tiny, tmp_path: Path, algorithm: str
-) -> None:
-    run = prompt_dependent_target(tiny_run, tmp_path, algorithm, steps=150, lr=2e-3)
-    assert after(run, "echo") >= 2 * run.summary["before"]["echo"]["mean"]
-    reward = run.metrics["reward/echo/mean"]
-    assert reward.iloc[-10:].mean() > 2 * reward.iloc[:10].mean()
+@pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
+def test_both_ways_of_combining_learn(tiny_run: Tiny, tmp_path: Path, combine: str, seed: int) -> None:
+    """Two components that are both at their best with one token of six."""
+
+    def halves(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return share_of_multiples(completion_ids, of=2)
+
+    def thirds(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return share_of_multiples(completion_ids, of=3)
+
+    functions = {"halves": halves, "thirds": thirds}
+    run = solve(tiny_run, tmp_path / "run", seed, functions, steps=20, rewards={"combine": combine})
+    assert sampled(run, "halves")[0] < 0.6
+    assert sampled(run, "thirds")[0] < 0.45
+    for name in functions:
+        assert min(greedy(run, "after", name), sampled(run, name)[-1]) > 0.9
 
 
 def brief(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -124,50 +148,51 @@ def lengthy(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 @pytest.mark.parametrize(("weights", "tokens"), [((1.0, 0.2), 1), ((0.2, 1.0), 5)])
 def test_weights_decide_between_rewards_with_opposite_wishes(
-    tiny_run: Tiny, tmp_path: Path, weights: tuple[float, float], tokens: int
+    tiny_run: Tiny, tmp_path: Path, weights: tuple[float, float], tokens: int, seed: int
 ) -> None:
     run = solve(
         tiny_run,
         tmp_path / "run",
+        seed,
         {"brief": brief, "lengthy": lengthy},
-        steps=20,
+        steps=10,
+        untrained=False,
+        rollout={"max_new_tokens": 5},
         rewards={"weights": dict(zip(("brief", "lengthy"), weights, strict=True))},
     )
-    assert after(run, "lengthy") == tokens
-    assert -after(run, "brief") == tokens
+    assert 2 < sampled(run, "lengthy")[0] < 4
+    assert greedy(run, "after", "lengthy") == tokens
+    assert sampled(run, "lengthy")[-1] == pytest.approx(tokens, abs=0.3)
+    assert -greedy(run, "after", "brief") == tokens
     assert run.metrics["correlation/brief~lengthy"].iloc[0] == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
-def test_both_ways_of_combining_learn(tiny_run: Tiny, tmp_path: Path, combine: str) -> None:
-    def gold(completions: list[str], **columns: Any) -> list[float]:
-        return [text.split().count("gold") / max(len(text.split()), 1) for text in completions]
-
-    run = solve(tiny_run, tmp_path / "run", {"gold": gold, "lengthy": lengthy}, steps=30, rewards={"combine": combine})
-    assert after(run, "gold") > 0.9
-    assert after(run, "lengthy") > 4.5
-
-
 @pytest.mark.parametrize("trainable", ["last_layers", "lora"])
-def test_part_of_the_policy_is_enough_to_learn(tiny_run: Tiny, tmp_path: Path, trainable: str) -> None:
+def test_part_of_the_policy_is_enough_to_learn(tiny_run: Tiny, tmp_path: Path, trainable: str, seed: int) -> None:
     run = solve(
         tiny_run,
         tmp_path / "run",
+        seed,
         {"lengthy": lengthy},
-        steps=20,
+        steps=10,
+        untrained=False,
+        rollout={"max_new_tokens": 5},
         policy={"trainable": trainable, "last_layers": 1, "lora": {"r": 4, "alpha": 16}},
     )
-    assert run.summary["before"]["lengthy"]["mean"] < 4
-    assert after(run, "lengthy") == 5
+    assert max(greedy(run, "before", "lengthy"), sampled(run, "lengthy")[0]) < 4
+    assert greedy(run, "after", "lengthy") == 5
+    assert sampled(run, "lengthy")[-1] > 4.7
 
 
-def test_kl_holds_the_policy_nearer_to_where_it_began(tiny_run: Tiny, tmp_path: Path) -> None:
+def test_kl_holds_the_policy_nearer_to_where_it_began(tiny_run: Tiny, tmp_path: Path, seed: int) -> None:
+    """From all tokens to one of eight a policy goes log(8) = 2.1 far a token."""
+
     def drift(coef: float) -> list[float]:
-        algorithm = {"kl": {"coef": coef}}
-        run = solve(tiny_run, tmp_path / str(coef), {"lengthy": lengthy}, steps=12, algorithm=algorithm)
+        path = tmp_path / str(coef)
+        run = solve(tiny_run, path, seed, {"eighths": eighths}, steps=15, algorithm={"kl": {"coef": coef}})
         return run.metrics["kl"].tolist()
 
     loose, tight = drift(1e-6), drift(1.0)
-    assert loose[0] == pytest.approx(0, abs=1e-6)
-    assert min(loose[1:]) > 0
+    assert max(loose[0], tight[0]) < 0.1
+    assert sum(loose[-5:]) / 5 > 1.5
     assert sum(tight[-5:]) < 0.3 * sum(loose[-5:])
