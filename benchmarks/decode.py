@@ -36,9 +36,9 @@ def long_tailed(rows: int) -> np.ndarray:
 
 def ours(policy: CausalLM, prompts: np.ndarray, lengths: np.ndarray) -> int:
     class Forced(decoding.Decoding):
-        def _record(self, step: int, tokens: Tensor, logprobs: Tensor, log_kept_mass: Tensor) -> None:
+        def record(self, step: int, tokens: Tensor, logprobs: Tensor, log_kept_mass: Tensor) -> None:
             tokens[torch.from_numpy(lengths)[self.active] == step + 1] = self.end_ids[0]
-            super()._record(step, tokens, logprobs, log_kept_mass)
+            super().record(step, tokens, logprobs, log_kept_mass)
 
     # The end token is banned throughout: a row ends where it is told to.
     params = SamplingParams(SAMPLES, 1.0, 1.0, 0, LIMIT, LIMIT, (), seed=0)

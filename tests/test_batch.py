@@ -97,13 +97,13 @@ def test_ratio_makes_up_for_the_updates_before(tiny_run: Tiny, shard: pa.Table) 
     )
     learner = Learner(config, str(tiny_run.policy))
     states = []
-    apply = learner._apply
+    apply = learner.apply
 
     def noting(*args: Any) -> None:
         states.append((snapshot(learner), gradients_of(learner.learning)))
         apply(*args)
 
-    learner._apply = noting  # type: ignore[method-assign]
+    learner.apply = noting
     train(learner, shard)
     (weights, _), (later, found) = states
     policy = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32"))
@@ -173,7 +173,7 @@ def test_every_row_is_trained_on_once_an_epoch(tiny_run: Tiny, shard: pa.Table) 
         seen.extend(part.rows.tolist())
         return loss(batch, part, *rest)
 
-    learner.objective.loss = noting  # type: ignore[method-assign]
+    learner.objective.loss = noting
     assert train(learner, shard)["tokens/trained"] == sum(map(len, ragged(shard["completion_ids"])))
     for epoch in range(3):
         assert sorted(seen[epoch * COUNT : (epoch + 1) * COUNT]) == list(range(COUNT))

@@ -12,9 +12,11 @@ from conftest import Tiny
 
 from rl_llm.config import RunConfig
 from rl_llm.errors import UserError
+from rl_llm.launch.inference import config_for, evaluate, predict
 from rl_llm.launch.preflight import make_plan
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.writer import RunWriter
 from rl_llm.trainer.trainer import Trainer
 
@@ -210,3 +212,25 @@ def test_reset_to_other_resources_is_refused(tiny_run: Tiny, tmp_path: Path) -> 
         other = tiny_run.config(resources={"threads": 2})
         with pytest.raises(UserError, match="resources cannot change"):
             trainer.reset(other, tmp_path / "other", trainer.task, str(tiny_run.policy))
+
+
+# ---- without learning
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inference_starts_no_learner(
+    tiny_run: Tiny, ray_session: None, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a learner was started")
+
+    monkeypatch.setattr("rl_llm.trainer.workers.Learner", refuse)
+    monkeypatch.setattr("rl_llm.trainer.workers.LearnerGroup", refuse)
+    counts = [f"resources.num_{kind}={workers}" for kind in ("learners", "rollout_workers")]
+    config = config_for(str(tiny_run.undisturbed), None, [*counts, "resources.num_cpus_per_rollout_worker=0.4"])
+    metrics, count = evaluate(config, "test", print)
+    after = RunFiles(tiny_run.undisturbed).summary["after"]
+    assert count == 8
+    assert all(metrics[name] == after[name] for name in ("match", "length", "tokens"))
+    answers = list(predict(config, str(tiny_run.data), print))
+    assert len(answers) == 48

@@ -59,7 +59,7 @@ def replace(shard: pa.Table, name: str, rows: list[np.ndarray]) -> pa.Table:
 class Spy(Learner):
     """A learner that keeps the gradients of its updates instead of applying them."""
 
-    def _apply(self, *args: float) -> None:
+    def apply(self, *args: float) -> None:
         self.gradients = {name: p.grad.clone() for name, p in self.learning.items() if p.grad is not None}
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -142,10 +142,11 @@ class Learner:
         norm = self.parallel.clip(self.policy.trainable.values(), limit)
         # Apart, or a value loss far off would leave the policy little of the norm.
         value_norm = self.parallel.clip(self.values.values(), limit)
-        self._apply(loss, norm, value_norm, rate, step)
+        self.apply(loss, norm, value_norm, rate, step)
         return loss, norm
 
-    def _apply(self, loss: float, norm: float, value_norm: float, rate: float, step: int) -> None:
+    def apply(self, loss: float, norm: float, value_norm: float, rate: float, step: int) -> None:
+        """Follow the gradients that are there, unless they are not finite; they are gone afterwards."""
         if np.isfinite([loss, norm, value_norm]).all():
             self.bad_in_a_row = 0
             set_rate(self.optimizer, rate)

@@ -70,7 +70,7 @@ class Decoding:
                 params,
                 banned=self.banned if step < params.min_new_tokens else [],
             )
-            self._record(step, drawn.tokens, drawn.logprobs, drawn.log_kept_mass)
+            self.record(step, drawn.tokens, drawn.logprobs, drawn.log_kept_mass)
             running = ~self.ended[self.active]
             left = int(running.sum())
             if left == 0 or step + 1 == params.max_new_tokens:
@@ -95,7 +95,7 @@ class Decoding:
         )
         return out.logits[:, -1]
 
-    def _record(self, step: int, tokens: Tensor, logprobs: Tensor, log_kept_mass: Tensor) -> None:
+    def record(self, step: int, tokens: Tensor, logprobs: Tensor, log_kept_mass: Tensor) -> None:
         """Keep this step's token of every row that has not ended before; mark the rows that end with it."""
         going = ~self.ended[self.active]
         rows = self.active[going]
