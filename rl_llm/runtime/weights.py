@@ -105,8 +105,9 @@ def unflatten(manifest: Manifest, data: np.ndarray) -> Iterator[tuple[str, Tenso
         end = start + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         if end > data.nbytes:
             raise ValueError(f"weights of {data.nbytes} bytes end within {name}")
-        # torch wants a writable buffer although it only reads this one; a view over mapped memory is not.
-        yield name, torch.frombuffer(bytearray(data[start:end]), dtype=kind).view(shape)
+        # torch wants a writable buffer although it only reads this one; a view over mapped memory is not. Nor empty.
+        flat = torch.frombuffer(bytearray(data[start:end]), dtype=kind) if end > start else torch.empty(0, dtype=kind)
+        yield name, flat.view(shape)
         start = end
     if start != data.nbytes:
         raise ValueError(f"weights of {data.nbytes} bytes are more than the {start} of their manifest")
