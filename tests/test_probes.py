@@ -174,9 +174,10 @@ def test_part_of_the_policy_is_enough_to_learn(tiny_run: Tiny, tmp_path: Path, t
         tmp_path / "run",
         seed,
         {"lengthy": lengthy},
-        steps=10,
+        steps=15,
         untrained=False,
         rollout={"max_new_tokens": 5},
+        learner={"epochs": 1, "minibatches": 1},
         policy={"trainable": trainable, "last_layers": 1, "lora": {"r": 4, "alpha": 16}},
     )
     assert max(greedy(run, "before", "lengthy"), sampled(run, "lengthy")[0]) < 4
