@@ -92,22 +92,22 @@ class Mixture:
         baseline = self._baseline = batch.covariance() if self._baseline is None else self._baseline
         valid = batch.present.any(axis=1)
         if self.config.combine == "normalize_then_sum":
-            parts = self._normalize_then_sum(batch, weights, valid, baseline)
-            outcome = advantages = parts.sum(axis=1)
+            contributions = self._normalize_then_sum(batch, weights, valid, baseline)
+            outcome = advantages = contributions.sum(axis=1)
         else:
-            parts = self._sum_then_normalize(batch, weights, valid, baseline, scale)
+            contributions = self._sum_then_normalize(batch, weights, valid, baseline, scale)
             outcome = ((batch.means[batch.index] + batch.centred) * weights).sum(axis=1)
-            advantages = parts.sum(axis=1)
+            advantages = contributions.sum(axis=1)
         reward = np.where(valid, batch.filled @ weights, np.nan)
         diagnostics = {
             **_moments("reward", reward),
             **{key: n for k, name in enumerate(numbers) for key, n in _moments(f"reward/{name}", raw[:, k]).items()},
-            **_shares(list(numbers), parts, advantages),
+            **_shares(list(numbers), contributions, advantages),
             **_correlations(list(numbers), raw, batch.index),
             **{f"weights/{name}": weight for name, weight in numbers.items()},
             "groups/without_signal": float((batch.largest(advantages) < _NO_SIGNAL).mean()),
         }
-        return Mixed(reward, valid, outcome, advantages, dict(zip(numbers, parts.T, strict=True)), diagnostics)
+        return Mixed(reward, valid, outcome, advantages, dict(zip(numbers, contributions.T, strict=True)), diagnostics)
 
     def signal(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int) -> np.ndarray:
         """Rows of groups with something to learn from, samples whose mixtures differ, bool [N]; arguments of `mix`."""
@@ -142,30 +142,30 @@ class Mixture:
     def _sum_then_normalize(
         self, batch: Grouped, weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray, scale: Scale
     ) -> np.ndarray:
-        """The algorithm's advantage of the weighted sum, the components' parts in it, [N, K].
+        """The algorithm's advantage of the weighted sum, the components' contributions to it, [N, K].
 
         A missing value counts as its component's mean over the group, which centring turns into exactly 0.
         """
-        parts = batch.centred * weights
-        summed = Grouped(np.where(valid, parts.sum(axis=1), np.nan), batch.index)
+        contributions = batch.centred * weights
+        summed = Grouped(np.where(valid, contributions.sum(axis=1), np.nan), batch.index)
         # Components that a group lacks altogether add no spread to it, so they have no part in its floor.
         live = weights * (batch.counts > 0)
         variance = np.einsum("gk,kl,gl->g", live, baseline, live)
         floor = self.config.std_floor * np.sqrt(np.maximum(variance, 0.0))
-        return parts * scale(summed.counts, summed.std, floor)[batch.index, None]
+        return contributions * scale(summed.counts, summed.std, floor)[batch.index, None]
 
     def _normalize_then_sum(
         self, batch: Grouped, weights: np.ndarray, valid: np.ndarray, baseline: np.ndarray
     ) -> np.ndarray:
-        """GDPO (arXiv 2601.05242), the components' parts in it, [N, K].
+        """GDPO (arXiv 2601.05242), the components' contributions to it, [N, K].
 
         Each component is centred and divided in its group, weighted, summed, and the sum divided by its unbiased
         standard deviation over the batch's sequences. Its mean is 0 already, so nothing is subtracted.
         """
         floor = self.config.std_floor * np.sqrt(np.diag(baseline))
-        parts = weights * batch.centred / (np.maximum(batch.std, floor) + EPS)[batch.index]
-        spread = parts.sum(axis=1)[valid].std(ddof=1) if valid.sum() > 1 else 0.0
-        return parts / (spread + _EPS_BATCH)
+        contributions = weights * batch.centred / (np.maximum(batch.std, floor) + EPS)[batch.index]
+        spread = contributions.sum(axis=1)[valid].std(ddof=1) if valid.sum() > 1 else 0.0
+        return contributions / (spread + _EPS_BATCH)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and baseline as JSON has them."""
@@ -195,9 +195,9 @@ def _moments(key: str, values: np.ndarray) -> dict[str, float]:
     return {f"{key}/mean": float(there.mean()), f"{key}/std": float(there.std())} if len(there) else {}
 
 
-def _shares(names: list[str], parts: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+def _shares(names: list[str], contributions: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
     total = float(advantages @ advantages)
-    shares = parts.T @ advantages / total if total > len(advantages) * _NO_SIGNAL**2 else np.zeros(len(names))
+    shares = contributions.T @ advantages / total if total > len(advantages) * _NO_SIGNAL**2 else np.zeros(len(names))
     return {f"share/{name}": float(share) for name, share in zip(names, shares, strict=True)}
 
 

@@ -123,30 +123,30 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sc
     rows, _, length, _ = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
 
-    def take(x: Tensor, places: Tensor) -> Tensor:
-        return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+    def take(x: Tensor, positions: Tensor) -> Tensor:
+        return x.index_select(0, positions.flatten()).unflatten(0, positions.shape).transpose(1, 2)
 
     q_prompt, k_prompt, v_prompt = (take(x, blocks.prompts) for x in (q, k, v))
     q_own, k_seen, v_seen = take(q, blocks.completions), take(k, blocks.keys), take(v, blocks.keys)
-    parts = (
+    blocked = (
         _attend(q_prompt, k_prompt, v_prompt, blocks.prompt_mask, scale, dropout),
         _attend(q_own, k_seen, v_seen, blocks.completion_mask, scale, dropout),
     )
-    together = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+    together = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in blocked])
     return together.index_select(0, blocks.back).unflatten(0, (rows, length))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
     """query [N, heads, Q, D], key and value [N, key heads, K, D], mask bool [1 or N, 1, Q, K] -> [N, heads, Q, D]."""
-    share, length = query.shape[1] // key.shape[1], query.shape[2]
-    together = query.unflatten(1, (-1, share)).flatten(2, 3)
+    heads_per_key, length = query.shape[1] // key.shape[1], query.shape[2]
+    together = query.unflatten(1, (-1, heads_per_key)).flatten(2, 3)
     if query.device.type == "cpu" and not dropout:
         out = _MatrixAttention.apply(together, key, value, mask, scale)
     else:
         out = nn.functional.scaled_dot_product_attention(
-            together, key, value, attn_mask=mask.repeat(1, 1, share, 1), dropout_p=dropout, scale=scale
+            together, key, value, attn_mask=mask.repeat(1, 1, heads_per_key, 1), dropout_p=dropout, scale=scale
         )
-    return out.unflatten(2, (share, length)).flatten(1, 2)
+    return out.unflatten(2, (heads_per_key, length)).flatten(1, 2)
 
 
 def _attend_after_prompts(

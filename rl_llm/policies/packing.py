@@ -18,16 +18,16 @@ _PROMPT, _PAD = 0, -1
 class Blocks:
     """What the block mask of packed groups leaves: a prompt looks at itself, a completion at its prompt and itself.
 
-    P is the longest prompt, C the longest completion. Places are flat indices into [B * S]; where a prompt or a
-    completion is shorter, some place stands in that nobody looks at.
+    P is the longest prompt, C the longest completion. Positions are flat indices into [B * S]; where a prompt or a
+    completion is shorter, some position stands in that nobody looks at.
 
     Attributes:
-        prompts: int64 [B, P], the places of prompts.
+        prompts: int64 [B, P], the positions of prompts.
         completions: int64 [R, C], of completions.
         keys: int64 [R, P + C], what completions may look at: their prompt, then themselves.
         prompt_mask: bool [1, 1, P, P], true where the second token may be looked at by the first.
         completion_mask: bool [R, 1, C, P + C], likewise.
-        back: int64 [B * S], where each place is among those of `prompts` and then `completions`.
+        back: int64 [B * S], where each position is among those of `prompts` and then `completions`.
     """
 
     prompts: Tensor
@@ -74,12 +74,12 @@ class GroupBatch:
     def blocks(self) -> Blocks:
         """The same as `attention_mask`, by blocks."""
         segment, mask = self.segments, self.mask
-        places = torch.arange(segment.numel()).view(segment.shape)
+        positions = torch.arange(segment.numel()).view(segment.shape)
         lengths = (segment == _PROMPT).sum(dim=1)
         longest, width = int(lengths.max()), mask.shape[1]
         is_prompt = torch.arange(longest) < lengths[:, None]
-        prompts = places[:, :longest].where(is_prompt, 0)
-        completions = self.layout(places[segment > _PROMPT])
+        prompts = positions[:, :longest].where(is_prompt, 0)
+        completions = self.layout(positions[segment > _PROMPT])
         row = completions[:, 0] // segment.shape[1]
         causal = torch.ones(max(longest, width), max(longest, width), dtype=torch.bool).tril()
         back = torch.zeros(segment.numel(), dtype=torch.int64)

@@ -50,7 +50,7 @@ def uniforms(seed: int, sample_ids: np.ndarray, length: int) -> Tensor:
 
 
 @dataclass
-class Drawn:
+class Draws:
     """tokens int64 [R]; logprobs float32 [R] untruncated; log_kept_mass float32 [R] of what truncation kept."""
 
     tokens: Tensor
@@ -58,7 +58,7 @@ class Drawn:
     log_kept_mass: Tensor
 
 
-def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[int]) -> Drawn:
+def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[int]) -> Draws:
     """One token a row.
 
     Args:
@@ -80,7 +80,7 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[i
     chosen = weights.gather(1, tokens[:, None]).squeeze(1).double()
     kept = blocks.sum(dim=1)
     total = kept if kept_weights is weights else _block_sums(weights).sum(dim=1)
-    return Drawn(tokens, (chosen / total).log().float(), (kept / total).log().float())
+    return Draws(tokens, (chosen / total).log().float(), (kept / total).log().float())
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def _inverse_cdf(weights: Tensor, blocks: Tensor, uniform: Tensor) -> Tensor:
     point = _below(uniform * coarse[:, -1], coarse[:, -1])
     block = torch.searchsorted(coarse, point[:, None], right=True)
     before = coarse.gather(1, block) - blocks.gather(1, block)
-    places = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = weights.gather(1, places.clamp(max=weights.shape[1] - 1)).double()
-    fine = inside.masked_fill_(places >= weights.shape[1], 0).cumsum(dim=1)
+    positions = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, positions.clamp(max=weights.shape[1] - 1)).double()
+    fine = inside.masked_fill_(positions >= weights.shape[1], 0).cumsum(dim=1)
     inner = torch.searchsorted(fine, _below(point - before.squeeze(1), fine[:, -1])[:, None], right=True)
     return (block * _BLOCK + inner).squeeze(1)
 

@@ -82,7 +82,7 @@ def deadline_s(config: ComponentConfig, fn: Callable[..., Any] | None = None) ->
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _Score:
     value: float | None
     status: str
     message: str = ""
@@ -171,37 +171,37 @@ class Component:
         self.setup()
         start = time.perf_counter()
         inputs = reward_inputs(table)
-        outcomes = self._attempt(inputs, table.num_rows)
-        messages = [outcome.message for outcome in outcomes]
-        failed = {row: outcome.status for row, outcome in enumerate(outcomes) if outcome.status in FAILED}
+        scores = self._attempt(inputs, table.num_rows)
+        messages = [score.message for score in scores]
+        failed = {row: score.status for row, score in enumerate(scores) if score.status in FAILED}
         still_failing = 0
         for tried, row in enumerate(failed if table.num_rows > 1 else []):
             if tried == still_failing == GIVE_UP_AFTER:
                 break
-            (outcomes[row],) = self._attempt({key: column[row : row + 1] for key, column in inputs.items()}, 1)
-            messages.append(outcomes[row].message)
-            still_failing += outcomes[row].status in FAILED
+            (scores[row],) = self._attempt({key: column[row : row + 1] for key, column in inputs.items()}, 1)
+            messages.append(scores[row].message)
+            still_failing += scores[row].status in FAILED
         return Scores(
-            [outcome.value for outcome in outcomes],
-            [outcome.status for outcome in outcomes],
+            [score.value for score in scores],
+            [score.status for score in scores],
             time.perf_counter() - start,
             _distinct(messages),
-            {} if any(outcomes[row].status in FAILED for row in failed) else failed,
+            {} if any(scores[row].status in FAILED for row in failed) else failed,
         )
 
-    def _attempt(self, inputs: dict[str, list[Any]], rows: int) -> list[_Outcome]:
+    def _attempt(self, inputs: dict[str, list[Any]], rows: int) -> list[_Score]:
         if rows == 0:
             return []
         try:
             returned = list(self._call(inputs))
             if len(returned) != rows:
-                return [_Outcome(None, ERROR, f"returned {len(returned)} values for {rows} completions")] * rows
-            return [_outcome(value) for value in returned]
+                return [_Score(None, ERROR, f"returned {len(returned)} values for {rows} completions")] * rows
+            return [_score_of(value) for value in returned]
         except TimeoutError as error:
             message = _describe(error) if str(error) else f"TimeoutError: no values within {self.config.timeout_s:g} s"
-            return [_Outcome(None, TIMEOUT, message)] * rows
+            return [_Score(None, TIMEOUT, message)] * rows
         except Exception as error:
-            return [_Outcome(None, ERROR, _describe(error))] * rows
+            return [_Score(None, ERROR, _describe(error))] * rows
 
     def _call(self, inputs: dict[str, list[Any]]) -> Any:
         takes = self._parameters
@@ -212,15 +212,15 @@ class Component:
         return _run(result, self.config.timeout_s) if inspect.isawaitable(result) else result
 
 
-def _outcome(value: Any) -> _Outcome:
+def _score_of(value: Any) -> _Score:
     if getattr(value, "ndim", None) == 0:  # numpy and torch scalars
         value = value.item()
     if value is None:
-        return _Outcome(None, NOT_APPLICABLE)
+        return _Score(None, NOT_APPLICABLE)
     if not isinstance(value, numbers.Real):
-        return _Outcome(None, ERROR, f"returned a value of type {type(value).__name__}, not a number")
+        return _Score(None, ERROR, f"returned a value of type {type(value).__name__}, not a number")
     number = float(value)
-    return _Outcome(number, OK) if math.isfinite(number) else _Outcome(None, ERROR, f"returned the value {number}")
+    return _Score(number, OK) if math.isfinite(number) else _Score(None, ERROR, f"returned the value {number}")
 
 
 def _describe(error: Exception) -> str:

@@ -19,12 +19,12 @@ class PromptSource:
     def take(self, count: int) -> pa.Table:
         """The next `count` prompts."""
         size = self.train.num_rows
-        places = np.arange(self.position, self.position + count)
+        positions = np.arange(self.position, self.position + count)
         rows = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(places // size):
+        for epoch in np.unique(positions // size):
             shuffle = stream(self.seed, Purpose.SHUFFLE, int(epoch)).permutation(size)
-            here = places // size == epoch
-            rows[here] = shuffle[places[here] % size]
+            here = positions // size == epoch
+            rows[here] = shuffle[positions[here] % size]
         self.position += count
         return self.train.take(pa.array(rows))
 

@@ -37,7 +37,7 @@ class Trainer:
 
     Attributes:
         config, path, task: the resolved config, the run directory, and the prompts.
-        state: all that a checkpoint holds of it, as of the last step.
+        state: all that a checkpoint holds of it; what lives beside it, such as reward weights, is noted on saving.
         mixture: the reward weights; `mixture.set_weight` changes one between two steps.
         learning_rate: its schedule; `learning_rate.peak` may be changed between two steps.
         weights: that rollouts act with.
