@@ -33,7 +33,7 @@ class Canned:
             self.loaded = weights.number
 
     def close(self) -> None:
-        LOADED.clear()
+        """It holds nothing."""
 
 
 def canned(config: RunConfig, base: str, channel: WeightChannel, shared: Policy | None) -> Canned:

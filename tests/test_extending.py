@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def test_canned_engine_is_what_the_learner_learns_from(tiny_run: Tiny, tmp_path:
 class Threads:
     """Gradients are added up where all threads meet."""
 
-    def __init__(self, rank: int, parts: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.count = rank, len(parts)
+    def __init__(self, parts: list[Any], barrier: threading.Barrier, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
         self._parts, self._barrier = parts, barrier
 
     def _meet(self, mine: Any) -> list[Any]:
@@ -140,12 +141,14 @@ class Threads:
 
 
 def test_learners_over_another_backend_make_the_update_of_one(tiny_run: Tiny) -> None:
-    config, base = tiny_run.config(learner={"tokens_per_microbatch": 60}), str(tiny_run.policy)
+    sections = {"learner": {"tokens_per_microbatch": 60}}
+    config, base = tiny_run.config(**sections), str(tiny_run.policy)
     shard = make_shard(CausalLM(base, PolicyConfig(precision="fp32")))
     alone = Learner(config, base)
     expected = alone.update(columns(shard), 0, 1e-2, None, shard)
     parts, barrier = [None] * 3, threading.Barrier(3)
-    learners = [Learner(config, base, parallel=Threads(rank, parts, barrier)) for rank in range(3)]
+    three = tiny_run.config(**sections, resources={"num_learners": 3})
+    learners = [Learner(three, base, rank, parallel=partial(Threads, parts, barrier)) for rank in range(3)]
     metrics: dict[int, dict[str, float]] = {}
 
     def work(rank: int) -> None:

@@ -48,7 +48,8 @@ def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfi
     raw = run.config.model_dump(mode="json", by_alias=True) if run else read_config(source) if source else {}
     raw.setdefault("rewards", {"components": ["constant"]})
     policy = raw.get("policy", {})
-    raw["policy"] = {"model": str(run.model) if run else model, "precision": policy.get("precision", "auto")}
+    kept = {key: policy[key] for key in ("type", "precision") if key in policy}
+    raw["policy"] = {**kept, "model": str(run.model) if run else model}
     raw["warm_start"] = {}
     raw.setdefault("algorithm", {})["kl"] = {}
     built = build_config(raw, overrides, where=str(source or model))

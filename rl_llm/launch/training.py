@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -104,9 +105,12 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
                 "restarts": trainer.workers.restarts(),
                 "seconds": trainer.seconds,
             }
-            # The directory is left complete, however the run ended.
-            trainer.callbacks.emit("on_end", trainer, summary)
+            # The directory is left complete, however the run ended and whoever else fails.
+            write_summary(path, summary)
+            problem = trainer.callbacks.end(trainer, summary)
             Run(path).report()
+            if problem is not None and sys.exception() is None:
+                raise problem
     if "constant_reward" in config.evaluation.controls:
         followers.message("control: reinforcement learning with a constant reward")
         control = run_training(

@@ -39,7 +39,7 @@ def base_path(config: RunConfig, task: Task) -> Path:
     """Where the base of these settings, this text, this given model and these libraries is, or will be, cached."""
     texts = task.training_texts(config.warm_start.target)
     settings = {
-        "policy": config.policy.model_dump(include={"model", "scratch", "dropout", "precision"}),
+        "policy": config.policy.model_dump(include={"type", "model", "scratch", "dropout", "precision"}),
         "files": _fingerprint(config.policy.model),
         "warm_start": config.warm_start.model_dump(),
         "task": config.task.model_dump(include={"chat", "system", "max_prompt_tokens"}),

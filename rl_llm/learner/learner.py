@@ -19,7 +19,7 @@ from rl_llm.errors import RunFailed
 from rl_llm.learner.batch import Batch, Minibatch, make_batch
 from rl_llm.learner.objective import Objective
 from rl_llm.learner.optimizer import build_optimizer, set_rate
-from rl_llm.learner.parallel import DataParallel, Parallel
+from rl_llm.learner.parallel import DataParallel, MakeParallel
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
 from rl_llm.runtime.weights import Manifest, flatten
@@ -34,15 +34,15 @@ class Learner:
     up, and every learner makes the same update. Every method is for all of them to be called.
     """
 
-    def __init__(self, config: RunConfig, base: str, rank: int = 0, parallel: Parallel | None = None) -> None:
+    def __init__(self, config: RunConfig, base: str, rank: int = 0, parallel: MakeParallel = DataParallel) -> None:
         """Load the policy from folder `base`, the start of reinforcement learning.
 
-        `parallel`: how several learners go together; each has the whole policy by default.
+        `parallel`: makes, from rank and count, how several learners go together.
         """
         torch.set_num_threads(config.resources.threads)
         self.config, self.base = config, base
         self.policy = load_policy(base, config.policy)
-        self.parallel = parallel or DataParallel(rank, max(config.resources.num_learners, 1))
+        self.parallel = parallel(rank, max(config.resources.num_learners, 1))
         algorithm = build_algorithm(config.algorithm)
         # What is cloned from the policy is cloned before it is laid over the learners.
         self.objective = Objective(algorithm, config.algorithm, self.policy, self.parallel)
@@ -105,6 +105,7 @@ class Learner:
 
     def _updates(self, batch: Batch, step: int, rate: float) -> dict[str, float]:
         updates = self.config.learner.epochs * len(batch.minibatches)
+        self._forget()
         if step == 0:
             self.objective.begin(batch)
         self.objective.prepare(batch, updates)
@@ -127,6 +128,11 @@ class Learner:
             "bad_steps": self.bad_updates,
             "tokens/trained": tokens,
         }
+
+    def _forget(self) -> None:
+        """What an update that was cut short has left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.clear()
 
     def _update(self, batch: Batch, minibatch: Minibatch, rate: float, step: int) -> tuple[float, float]:
         """One update; returns the loss and the norm of the policy's gradient."""
@@ -164,7 +170,10 @@ class Learner:
 
     def weights(self) -> tuple[Manifest, np.ndarray]:
         """The trainable weights, flat, as the second of two values: from an actor it stays in the object store."""
-        return flatten(self.parallel.whole(self.policy.named_weights().items()))
+        whole = self.parallel.whole(self.policy.named_weights().items())
+        if self.parallel.rank > 0:  # takes part, and has nothing to give
+            return (), np.array([0 * len(name) for name, _ in whole], np.uint8)[:0]
+        return flatten(whole)
 
     def save_weights(self, file: Path) -> None:
         self._save(dict(self.parallel.whole(self.policy.named_weights().items())), file)
@@ -185,7 +194,7 @@ class Learner:
             for key, value in self.optimizer.state[p].items():
                 if value is not None:
                     tensors[f"{key}/{name}"] = value.detach()
-        self._save(tensors, folder / "optimizer.safetensors")
+        self._save(dict(self.parallel.whole(tensors.items())), folder / "optimizer.safetensors")
         state = {
             "bad_updates": self.bad_updates,
             "bad_in_a_row": self.bad_in_a_row,
@@ -198,7 +207,7 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Go on from what `save` left. A KL that is configured otherwise than it was then begins as configured."""
         self.load_weights(folder / "weights.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
+        tensors = dict(self.parallel.scatter(load_file(folder / "optimizer.safetensors").items()))
         torch.set_rng_state(tensors.pop("rng"))
         refreshed = {name: tensors.pop(name) for name in list(tensors) if name.startswith(REFERENCE)}
         reference = self.objective.reference
@@ -209,6 +218,7 @@ class Learner:
         with torch.no_grad():
             for name, p in self.values.items():
                 p.copy_(tensors.pop(name))
+        self._forget()
         self.optimizer.state.clear()
         for key, value in tensors.items():
             kind, name = key.split("/", 1)

@@ -32,9 +32,10 @@ class Objective:
         self.value = ValueFunction(policy, config.value.model == "own") if algorithm.advantage == "gae" else None
         self.kl_coefficient = KLCoefficient(config.kl.coef, config.kl.target, config.kl.horizon)
         self.kl_in_reward = self.uses_kl and algorithm.kl_placement == "reward"
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget what has been noted since the last metrics."""
         names = ["entropy", "mismatch"]
         names += ["kl"] * self.uses_kl + ["clipped"]
         names += ["value/loss", "value/error", "value/error2", "value/return", "value/return2"] * (
@@ -159,7 +160,7 @@ class Objective:
         totals = self.parallel.total(torch.stack(list(self.sums.values()))) / tokens
         means = dict(zip(self.sums, totals.tolist(), strict=True))
         means["mismatch/max"] = float(self.parallel.highest(self.worst))
-        self._clear()
+        self.clear()
         # Without a second update no ratio has left 1.
         clipped = means.pop("clipped")
         if updates > 1:

@@ -1,7 +1,7 @@
 """Several learners that share the rows of a step: how a policy lies over them, and what they add up."""
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -54,6 +54,10 @@ class Parallel(Protocol):
 
     def close(self) -> None:
         """Leave the others."""
+
+
+MakeParallel = Callable[[int, int], Parallel]
+"""`(rank, count) -> Parallel`."""
 
 
 class DataParallel:

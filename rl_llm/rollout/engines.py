@@ -31,10 +31,14 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """The policy itself, in this process: its own decode loop on the library's model."""
+    """The policy itself, in this process: its own decode loop on the library's model.
 
-    def __init__(self, policy: Policy, channel: WeightChannel) -> None:
-        self.policy, self.channel = policy, channel
+    Args:
+        shared: whether the policy is the learner's own, which has the weights already.
+    """
+
+    def __init__(self, policy: Policy, channel: WeightChannel, shared: bool = False) -> None:
+        self.policy, self.channel, self.shared = policy, channel, shared
         # The folder's own weights are the first publish only in a fresh run: a replica starts without a number.
         self.loaded = -1
 
@@ -43,7 +47,8 @@ class LocalEngine:
 
     def load(self, weights: Weights) -> None:
         if self.loaded != weights.number:
-            self.policy.load_named(self.channel.tensors(weights))
+            if not self.shared:
+                self.policy.load_named(self.channel.tensors(weights))
             self.loaded = weights.number
 
     def close(self) -> None:
@@ -52,7 +57,7 @@ class LocalEngine:
 
 def local(config: RunConfig, base: str, channel: WeightChannel, shared: Policy | None) -> Engine:
     """The engine `transformers`: on the learner's own policy where they share a process, else on a replica."""
-    return LocalEngine(shared or load_policy(base, config.policy), channel)
+    return LocalEngine(shared or load_policy(base, config.policy), channel, shared is not None)
 
 
 MakeEngine = Callable[[RunConfig, str, WeightChannel, Policy | None], Engine]

@@ -86,11 +86,22 @@ class Callbacks:
         self._started: list[Callback] = []
 
     def emit(self, event: str, *args: Any) -> None:
-        """Call the method `event` of everybody. `on_end` goes to those only who have started."""
-        for member in list(self._started if event == "on_end" else self.members):
+        """Call the method `event` of everybody."""
+        for member in self.members:
             getattr(member, event)(*args)
             if event == "on_start" and member not in self._started:
                 self._started.append(member)
+
+    def end(self, trainer: TrainerView, summary: dict[str, Any]) -> Exception | None:
+        """Tell everybody who has started, whatever another one raises; returns the first of what they raised."""
+        problems = []
+        for member in self._started:
+            try:
+                member.on_end(trainer, summary)
+            except Exception as problem:
+                problems.append(problem)
+        self._started = []
+        return problems[0] if problems else None
 
     def message(self, text: str) -> None:
         self.emit("on_message", text)

@@ -11,6 +11,7 @@ deadline counts the work alone, neither the queue nor the start of the worker. A
 replaced by a fresh one: whatever it needs beyond its constructor (weights) has to come with the request.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -62,7 +63,7 @@ class Request:
     """A call of a worker's method.
 
     Args:
-        id: names it in messages, such as "step-12/3"; another one than all others under way have.
+        id: names it in messages, such as "step-12/3".
         deadline_s: seconds of work after which its worker is killed; may be infinite.
         returns: 1, or 2 for a method that returns (value, kept), where what is kept stays in the object store.
         note: what else a message should say of it, such as which prompts it holds.
@@ -129,6 +130,7 @@ class Pool:
         dispatcher: serves it beside other pools; its own by default.
         max_attempts: workers a request may bring down, and starts in a row that may fail, before it is given up.
         retry_timeouts: whether a request that missed its deadline is sent again; else it fails at once.
+        stateful: whether a worker has a state that is lost with its process; then no other takes its place.
         start_timeout_s: seconds a worker may take to start; it then is started again.
 
     `counters` counts `restarts` of workers, `retries` of requests and `timeouts` (missed deadlines) so far.
@@ -147,10 +149,13 @@ class Pool:
         *,
         max_attempts: int = 3,
         retry_timeouts: bool = False,
+        stateful: bool = False,
         start_timeout_s: float = 600.0,
     ) -> None:
         self.name, self.max_attempts, self.retry_timeouts = name, max_attempts, retry_timeouts
-        self.start_timeout_s = start_timeout_s
+        self.stateful, self.start_timeout_s = stateful, start_timeout_s
+        self._lost_state = False
+        self._numbers = itertools.count(1)
         self.counters = {"restarts": 0, "retries": 0, "timeouts": 0}
         self.dispatcher = dispatcher or Dispatcher()
         self.dispatcher.pools.append(self)
@@ -169,15 +174,19 @@ class Pool:
         return bool(self._queue or self._finished or any(slot.attempts for slot in self._slots))
 
     def submit(self, request: Request) -> None:
-        """Queues a request, or hands it to a free worker; returns at once."""
+        """Queues a request, or hands it to a free worker; returns at once.
+
+        Raises `RunFailed` where a worker's state was lost and would be missed.
+        """
+        if self._lost_state:
+            raise RunFailed(f"the {self.name} is gone, and its state with it; go on from the last checkpoint")
         self._queue.append(_Attempt(request))
         self._fill()
 
     def call(self, method: str, *args: Any, returns: int = 1) -> Any:
         """The value of a method (with `returns=2` value and kept), waited for without a deadline.
 
-        For one worker with a state, such as the learner. Give such a pool `max_attempts=1`: its state dies with it, so
-        the call must fail rather than go to a fresh one. Other pools of the dispatcher are served meanwhile.
+        For one worker with a state, such as the learner. Other pools of the dispatcher are served meanwhile.
         """
         outcomes: list[Outcome] = []
 
@@ -191,11 +200,12 @@ class Pool:
 
     def rebuild(self, make: Callable[..., Any]) -> None:
         """Other workers from now on, in the processes of these; requests are forgotten."""
-        self._make = make
+        self._make, self._lost_state = make, False
+        self.counters = dict.fromkeys(self.counters, 0)
         self._queue.clear()
         self._finished.clear()
         for slot in self._slots:
-            slot.attempts = {}
+            slot.attempts, slot.failed_starts = {}, 0
             if slot.replica is not None:
                 self._build(slot, slot.replica)
         self._fill()
@@ -220,13 +230,18 @@ class Pool:
         self._finished.clear()
         for slot in self._slots:
             if slot.attempts:
-                slot.clear()
+                self._clear(slot)
 
     def close(self) -> None:
         """Forgets every request and ends every worker."""
         self.cancel()
         for slot in self._slots:
             slot.clear()
+
+    def _clear(self, slot: _Slot) -> None:
+        # One in this process is made by handing it out again, and one that is nowhere yet has no state.
+        self._lost_state |= self.stateful and slot.replica is not None and slot.replica.where is not None
+        slot.clear()
 
     # What the dispatcher does with a pool.
 
@@ -293,7 +308,7 @@ class Pool:
 
     def _replace(self, slot: _Slot, kind: Literal["poison", "timeout"], cause: str) -> None:
         attempts, lost, building = list(slot.attempts.values()), str(slot), slot.building_since is not None
-        slot.clear()
+        self._clear(slot)
         self.counters["restarts"] += 1
         if building:
             slot.failed_starts += 1
@@ -327,16 +342,22 @@ class Pool:
 
     def _fill(self) -> None:
         """Makes the workers that are missing, and hands what is queued to those that are free."""
+        if self._lost_state:
+            return
         for index, slot in enumerate(self._slots):
             if slot.replica is None:
                 slot.replica = self._place(index)
                 self._build(slot, slot.replica)
-            while self._queue and slot.replica.free > 0:
-                attempt = self._queue.popleft()
-                attempt.number, attempt.since = attempt.number + 1, time.monotonic()
-                request = attempt.request
-                slot.attempts[request.id] = attempt
-                slot.replica.call(request.id, request.method, request.args, request.returns)
+        while self._queue:
+            slot = max(self._slots, key=lambda slot: slot.replica.free if slot.replica else 0)
+            if slot.replica is None or slot.replica.free == 0:
+                return
+            attempt = self._queue.popleft()
+            attempt.number, attempt.since = attempt.number + 1, time.monotonic()
+            # Under a number of its own: what an earlier attempt may still answer is nobody's.
+            id, request = str(next(self._numbers)), attempt.request
+            slot.replica.call(id, request.method, request.args, request.returns)
+            slot.attempts[id] = attempt
 
     def _build(self, slot: _Slot, replica: Replica) -> None:
         replica.build(self._make)

@@ -91,6 +91,7 @@ class Local:
         return Answer(id, *given) if returns == 2 else Answer(id, given)
 
     def kill(self, *part: int) -> None:
+        close(self._worker)
         self._call = self._worker = None
 
 
@@ -149,8 +150,8 @@ class Shards:
                 return answer
         if len(self._answers) < len(self._replicas):
             return None
-        self._id = None
-        return self._answers.pop(0)
+        first, self._id, self._answers = self._answers[0], None, {}
+        return first
 
     def kill(self, *part: int) -> None:
         for rank in part or range(len(self._replicas)):

@@ -51,10 +51,22 @@ class WeightChannel(Protocol):
         """What a reader has to put in place, by name."""
 
 
-class InPlace:
-    """For a reader that has the learner's own policy, or one that nobody trains: there is nothing to carry."""
+class Holder(Protocol):
+    """Whatever has weights by name."""
 
-    def __init__(self) -> None:
+    def named_weights(self) -> dict[str, Tensor]: ...
+
+
+class InPlace:
+    """For readers in the learner's own process: nothing is carried. One that acts with the learner's policy has no need
+    to read either.
+
+    Args:
+        policy: the learner's; None where nobody learns.
+    """
+
+    def __init__(self, policy: Holder | None = None) -> None:
+        self._policy = policy
         self._published = 0
 
     def publish(self, learner: Publisher | None, step: int) -> Weights:
@@ -62,7 +74,7 @@ class InPlace:
         return Weights(self._published, step)
 
     def tensors(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        yield from ()
+        yield from {} if self._policy is None else self._policy.named_weights().items()
 
 
 class ObjectStore:

@@ -157,6 +157,11 @@ class Collector:
             )
         return pending
 
+    def forget(self) -> None:
+        """Nobody waits for what is under way any more."""
+        for pool in {self.rollouts, *self.rewards.values()}:
+            pool.cancel()
+
     def wait(self, pending: "Pending") -> Rollouts:
         """The batch, when all of it is there.
 

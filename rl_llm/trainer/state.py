@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig, value_at
 from rl_llm.errors import UserError
 from rl_llm.trainer.evaluation import Progress, Utility
@@ -51,6 +52,15 @@ class TrainerState:
             configured=configured(config),
         )
 
+    def change_utility(self, weights: dict[str, float]) -> None:
+        """Other weights; what was best by the old ones is no longer. Raises `UserError` where one has no base."""
+        missing = sorted(set(weights) - set(self.utility.base))
+        if self.utility.base and missing:
+            raise UserError(
+                f"evaluation.utility: {', '.join(missing)} was not measured before this run began; leave it out"
+            )
+        self.utility.weights, self.progress = dict(weights), Progress(best_step=self.progress.best_step)
+
     def save(self, folder: Path) -> None:
         (folder / STATE).write_text(json.dumps(asdict(self), indent=1))
 
@@ -69,7 +79,18 @@ class TrainerState:
 def configured(config: RunConfig) -> dict[str, Any]:
     """The config's values of what a run keeps live beside it, as plain JSON."""
     raw = config.model_dump(mode="json")
-    return {"weights": raw["rewards"]["weights"], "learning_rate": config.learner.lr}
+    algorithm = build_algorithm(config.algorithm)
+    return {
+        "weights": raw["rewards"]["weights"],
+        "learning_rate": config.learner.lr,
+        "utility": config.evaluation.utility,
+        # What decides which tensors the learners have.
+        "made_of": {
+            "policy": {key: raw["policy"][key] for key in ("type", "trainable", "last_layers", "lora")},
+            "optimizer": [config.learner.optimizer, config.learner.momentum > 0],
+            "value": config.algorithm.value.model if algorithm.advantage == "gae" else None,
+        },
+    }
 
 
 def utility_weights(config: RunConfig) -> dict[str, float]:

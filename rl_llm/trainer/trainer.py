@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig, value_at
-from rl_llm.errors import RunFailed
+from rl_llm.errors import RunFailed, UserError
 from rl_llm.learner.optimizer import Schedule
+from rl_llm.learner.parallel import DataParallel, MakeParallel
 from rl_llm.mixture import Mixed, Mixture
 from rl_llm.policies import SamplingParams
 from rl_llm.rewards import Resolved, apply_failure_policies
@@ -24,9 +25,9 @@ from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
 from rl_llm.tasks import Task
 from rl_llm.tasks.source import PromptSource, held_out
 from rl_llm.trainer.collector import Rollouts
-from rl_llm.trainer.evaluation import Evaluation, Evaluator
+from rl_llm.trainer.evaluation import Evaluation, Evaluator, Progress
 from rl_llm.trainer.sampler import MakeSampler, Synchronous
-from rl_llm.trainer.state import TrainerState, configured
+from rl_llm.trainer.state import TrainerState, configured, utility_weights
 from rl_llm.trainer.workers import Functions, Workers
 
 SUPERVISED_VERSION = -1
@@ -57,13 +58,12 @@ class Trainer:
         path: Path,
         task: Task,
         workers: Workers,
-        functions: Functions,
         callbacks: Sequence[Callback],
         sampler: MakeSampler,
     ) -> None:
         self.workers, self.learner = workers, workers.learner
         self.callbacks = Callbacks(callbacks)
-        self._functions, self._make_sampler = functions, sampler
+        self._make_sampler = sampler
         self._begin_with(config, path, task)
 
     @classmethod
@@ -79,6 +79,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         checkpoint: Path | None = None,
         sampler: MakeSampler = Synchronous,
+        parallel: MakeParallel = DataParallel,
     ) -> Iterator["Trainer"]:
         """A trainer with its workers started and the first weights published; both end with the context.
 
@@ -89,11 +90,12 @@ class Trainer:
             functions: reward functions given as they are, by component.
             checkpoint: to go on from; None begins anew.
             sampler: makes what gives each step its rollouts.
+            parallel: makes how several learners go together.
         """
         functions = functions or {}
-        workers = Workers(config, base, config.measured, functions)
+        workers = Workers(config, base, config.measured, functions, parallel=parallel)
         try:
-            trainer = cls(config, path, task, workers, functions, callbacks, sampler)
+            trainer = cls(config, path, task, workers, callbacks, sampler)
             if checkpoint is None:
                 trainer._publish()
             else:
@@ -120,19 +122,19 @@ class Trainer:
             self._note_failure,
         )
         self.stopping = self._started = False
+        self._saved: int | None = None
         self._clock_start, self._seconds_before = time.monotonic(), 0.0
 
     def reset(self, config: RunConfig, path: Path, task: Task, base: str, functions: Functions | None = None) -> None:
         """Begin another run, on these workers; it is the run that a fresh process would make.
 
         Args:
-            functions: as for `open`; those given there where None.
+            functions: as for `open`.
 
         Raises:
             UserError: the config asks for other resources.
         """
-        self._functions = self._functions if functions is None else functions
-        self.workers.reset(config, base, config.measured, self._functions)
+        self.workers.reset(config, base, config.measured, functions or {})
         self.learner = self.workers.learner
         self._begin_with(config, path, task)
         self._publish()
@@ -145,9 +147,7 @@ class Trainer:
         Raises:
             RunFailed: the run cannot go on; the last checkpoint stands.
         """
-        if not self._started:
-            self.callbacks.emit("on_start", self)
-            self._started = True
+        self._start()
         if not self.state.before:
             self._begin()
         evaluated = False
@@ -156,12 +156,21 @@ class Trainer:
             evaluated = self._due(self.config.evaluation.every)
             if evaluated:
                 self._validate()
-            if self._due(self.config.checkpoint.every) or self.over:
+            if self._due(self.config.checkpoint.every):
                 self.save()
+        if self.over and self._saved != self.state.steps:
+            self.save()
         return not self.over
+
+    def _start(self) -> None:
+        """Tell everybody, once."""
+        if not self._started:
+            self._started = True
+            self.callbacks.emit("on_start", self)
 
     def step(self) -> dict[str, Any]:
         """One step: sample, score, weigh, update, publish. Returns its metrics."""
+        self._start()
         step, clock = self.state.steps, _Clock()
         rollouts = self.sampler.next(step, self.weights)
         components = self.config.rewards.components
@@ -216,6 +225,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Measure the policy before training: the base statistics, the first utility, and the test split."""
+        self.state.progress = Progress()  # of a beginning that was cut short nothing counts
         self._validate()
         self.state.before = self.test("before").line["metrics"]
         self.save()
@@ -232,6 +242,7 @@ class Trainer:
 
     def test(self, label: str) -> Evaluation:
         """Evaluate on the test split and note it."""
+        self._start()
         evaluation = self._evaluate("test", label, self.config.evaluation.test_prompts)
         self.callbacks.emit("on_evaluation", self, evaluation.line)
         return evaluation
@@ -258,52 +269,67 @@ class Trainer:
             self.state.save(aside)
         checkpoint.prune(self.path / "checkpoints", self.config.checkpoint.keep)
         self._clear_best()
+        self._saved = self.state.steps
         self.callbacks.emit("on_checkpoint", self, folder)
         return folder
 
     def _clear_best(self) -> None:
         """Drop best policies that no kept checkpoint speaks of; the first policy stays, controls start from it."""
-        kept = (self.path / "checkpoints").glob("step-*")
+        kept = [folder for folder in (self.path / "checkpoints").glob("step-*") if checkpoint.damage(folder) is None]
         needed = {0, *(TrainerState.load(folder).progress.best_step for folder in kept)}
         for folder in (self.path / "checkpoints" / "best").glob("step-*"):
             if int(folder.name.removeprefix("step-")) not in needed:
                 shutil.rmtree(folder)
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint, this run's or another's, on the workers there are.
+        """Go on from a checkpoint, this run's or another's, on the workers there are; this run's later ones go.
 
-        What is configured otherwise here than it was there (reward weights, learning rate, KL) has been given anew and
-        goes before what was live there; the rest goes on as it was.
+        What is configured otherwise here than it was there (reward weights, learning rate, KL, utility) has been given
+        anew and goes before what was live there; the rest goes on as it was.
 
         Raises:
-            UserError: it is of another version, or of a mixture of other components.
+            UserError: it is of another version, or of another kind of policy, learner or mixture; nothing has changed.
         """
         state, config = TrainerState.load(folder), self.config
         now, then = configured(config), state.configured
-        self.mixture.load_state_dict(state.mixture)
+        if now["made_of"] != then["made_of"]:
+            raise UserError(f"{folder} is of a run made of {then['made_of']}, and this one is made of {now['made_of']}")
+        mixture = Mixture(config.rewards)
+        mixture.load_state_dict(state.mixture)
+        if now["utility"] != then["utility"]:
+            state.change_utility(utility_weights(config))
+        self._bring_best(folder, state.progress.best_step)
         for name, weight in config.rewards.weights.items():
             if now["weights"][name] != then["weights"][name]:
-                self.mixture.set_weight(name, weight)
+                mixture.set_weight(name, weight)
+        self.mixture.load_state_dict(mixture.state_dict())
         given = now["learning_rate"] != then["learning_rate"]
         self.learning_rate.peak = config.learner.lr if given else state.learning_rate
-        if config.evaluation.utility is not None:
-            state.utility.weights = dict(config.evaluation.utility)
         state.configured = now
+        self.workers.collector.forget()
         self.learner.load(folder)
         self.state = state
         self._seconds_before, self._clock_start = state.seconds, time.monotonic()
         self.prompts.position = state.prompts_drawn
         self.sampler.load(folder)
-        self._bring_best(folder.absolute().parent / "best")
+        for own in (self.path / "checkpoints").glob("step-*"):
+            if own.name > checkpoint.step_name(state.steps):
+                shutil.rmtree(own)
         self.stopping = self._started = False
+        self._saved = state.steps
         self._publish()
 
-    def _bring_best(self, source: Path) -> None:
-        """Copy the best policies that another run's checkpoint speaks of."""
-        for step in {0, self.state.progress.best_step}:
-            theirs, ours = source / checkpoint.step_name(step), self._best(step)
-            if theirs != ours and theirs.is_dir():
-                shutil.copytree(theirs, ours, dirs_exist_ok=True)
+    def _bring_best(self, folder: Path, best: int) -> None:
+        """Have the best policies that a checkpoint speaks of; they lie beside it."""
+        for step in {0, best}:
+            theirs, ours = folder.absolute().parent / "best" / checkpoint.step_name(step), self._best(step)
+            problem = checkpoint.damage(theirs)
+            if problem is not None:
+                raise UserError(f"{folder} speaks of the policy {theirs}, which cannot be used: {problem}")
+            if theirs != ours:
+                with checkpoint.writing(ours) as aside:
+                    shutil.copytree(theirs, aside, dirs_exist_ok=True)
+                    (aside / checkpoint.MANIFEST).unlink()
 
     # The end of a run.
 

@@ -8,6 +8,7 @@ from rl_llm.config import ComponentConfig, RunConfig
 from rl_llm.errors import UserError
 from rl_llm.learner.group import LearnerGroup
 from rl_llm.learner.learner import Learner
+from rl_llm.learner.parallel import DataParallel, MakeParallel
 from rl_llm.rewards import RewardWorker, deadline_s
 from rl_llm.rollout import RolloutWorker
 from rl_llm.runtime.pool import Dispatcher, Pool
@@ -41,6 +42,7 @@ class Workers:
         components: Mapping[str, ComponentConfig],
         functions: Functions,
         learns: bool = True,
+        parallel: MakeParallel = DataParallel,
     ) -> None:
         """Start them.
 
@@ -49,8 +51,9 @@ class Workers:
             components: the rewards to be scored.
             functions: reward functions given as they are, by component.
             learns: without, there is no learner, and rollout workers act with `base`.
+            parallel: how several learners go together.
         """
-        self._config, self._learns = config, learns
+        self._config, self._learns, self._parallel = config, learns, parallel
         # In this process it may refuse the config, and there is nothing to give back yet.
         makes = self._makes(config, base, components, functions)
         resources = config.resources
@@ -63,7 +66,7 @@ class Workers:
         try:
             if learns:
                 self._learner_pool = Pool(
-                    "learner", makes["learner"], self._place_learners, 1, self.dispatcher, max_attempts=1
+                    "learner", makes["learner"], self._place_learners, 1, self.dispatcher, max_attempts=1, stateful=True
                 )
             self.rollouts = Pool(
                 "rollout",
@@ -111,12 +114,15 @@ class Workers:
     ) -> dict[str, Callable[..., Any]]:
         """What makes a worker of each kind; the channel they share is chosen by what is where."""
         resources = config.resources
-        self.here = here = Learner(config, base) if self._learns and resources.num_learners == 0 else None
+        make, here = partial(Learner, config, base, parallel=self._parallel), None
+        if self._learns and resources.num_learners == 0:
+            here = make()
+        self.here = here
         shared = here.policy if here is not None and resources.num_rollout_workers == 0 else None
         in_place = shared is not None or not self._learns
-        self.channel = InPlace() if in_place else ObjectStore(shared=resources.num_rollout_workers > 0)
+        self.channel = InPlace(shared) if in_place else ObjectStore(shared=resources.num_rollout_workers > 0)
         return {
-            "learner": partial(Learner, config, base) if here is None else lambda: here,
+            "learner": make if here is None else lambda: here,
             "rollout_worker": partial(RolloutWorker, config, base, self.channel, shared),
             "reward_worker": partial(RewardWorker, dict(components), dict(functions)),
         }
