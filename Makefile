@@ -23,7 +23,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# Other kernels round otherwise, and what is learned must not hang on it.
+# Other kernels round otherwise; what is learned must not hang on it.
 test-floats: install
 	$(BIN)/python -m pytest -m learning --seeds 5
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m learning --seeds 5

@@ -25,7 +25,6 @@ from updates import (
     train,
 )
 
-from rl_llm.algorithms import PRESETS
 from rl_llm.algorithms import advantages as made
 from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.learner.batch import make_batch
@@ -47,7 +46,7 @@ def shard(policy: CausalLM) -> pa.Table:
 # ---- one update, however its rows are laid out
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", ["grpo", "ppo"])  # one with all that is made of groups, one with all that is of tokens
 def test_gradient_does_not_depend_on_split_padding_or_order(tiny_run: Tiny, shard: pa.Table, name: str) -> None:
     algorithm = {"name": name, "kl": {"coef": 0.1}, "correction": {"kind": "tis"}, "entropy_coef": 0.01}
 
@@ -170,18 +169,18 @@ def test_values_start_at_zero_and_token_advantages_are_those_of_the_formula(tiny
     assert penalty.abs().max() > 0.01
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("model", ["shared", "own"])
-def test_values_learn(tiny_run: Tiny, shard: pa.Table, model: str) -> None:
-    """What a prompt is worth is found out on a fixed batch."""
-    values = np.repeat([0.0, 1.0, -1.0, 0.5, 2.0, -0.5], SAMPLES)
-    config = tiny_run.config(
-        learner={"lr": 1e-3}, algorithm={"name": "ppo", "value": {"model": model, "clip": None, "coef": 1.0}}
-    )
+def test_values_learn(tiny_run: Tiny, shard: pa.Table, model: str, seed: int) -> None:
+    """What a prompt is worth is found out on a fixed batch; who knows it has no advantages left to move the policy."""
+    values = np.repeat(np.random.default_rng(seed).permutation([0.0, 1.0, -1.0, 0.5, 2.0, -0.5]), SAMPLES)
+    algorithm = {"name": "ppo", "whiten": False, "value": {"model": model, "clip": None, "coef": 10.0}}
+    config = tiny_run.config(learner={"lr": 3e-3}, algorithm=algorithm)
     learner = Learner(config, str(tiny_run.policy))
     explained = [train(learner, shard, step, values)["value/explained"] for step in range(60)]
     assert explained[0] < 0.1
     # The policy moves the trunk meanwhile, so single steps vary.
-    assert np.median(explained[-20:]) > 0.6
+    assert np.median(explained[-20:]) > 0.75
 
 
 # ---- entropy
@@ -224,16 +223,6 @@ def test_gradient_of_the_entropy_bonus_is_that_of_the_entropy(tiny_run: Tiny, sh
     (-2.0 * total / tokens).backward()
     expected = gradients_of(policy.trainable)
     assert distance({name: with_bonus[name] - plain[name] for name in plain}, expected) < 1e-4
-
-
-def test_entropy_bonus_raises_entropy(tiny_run: Tiny, policy: CausalLM, shard: pa.Table) -> None:
-    def after(coef: float) -> float:
-        learner = Learner(tiny_run.config(algorithm={"entropy_coef": coef}), str(tiny_run.policy))
-        for step in range(5):
-            train(learner, shard, step)
-        return exact_entropy(learner.policy, shard)
-
-    assert after(1.0) > after(0.0) + 0.3
 
 
 # ---- correction
