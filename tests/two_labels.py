@@ -7,10 +7,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from rl_llm.policies import Actions, Forward, PackedRow, Policy, SamplingParams
-from rl_llm.policies.cache import left_pad
 from rl_llm.policies.sampling import uniforms
 
 LABELS = ("no", "yes")
@@ -72,5 +72,7 @@ class TwoLabels(Policy):
         return [np.array([LABELS.index(target)]) for target in targets]
 
     def _pooled(self, texts: Sequence[np.ndarray]) -> Tensor:
-        ids, real = left_pad(texts, 0)
+        ids = pad_sequence([torch.from_numpy(text.astype(np.int64)) for text in texts], batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
         return self.unwrapped.bert(input_ids=ids, attention_mask=real.long()).pooler_output

@@ -6,7 +6,7 @@ from rl_llm.config.base import Ramp, Scheduled, Section
 
 
 class RolloutConfig(Section):
-    engine: str = Field("transformers", description="what samples, or package.module:Class")
+    engine: str = Field("transformers", description="what samples, or package.module:function")
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(8, ge=1, description="size of a group")
     rows_per_request: int | None = Field(
