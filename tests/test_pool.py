@@ -303,7 +303,8 @@ def test_waiting_for_one_pool_serves_the_others(make_pool: MakePool, tmp_path: P
     def let_go(outcome: Outcome) -> None:
         pipe.write_text(str(outcome.result()))
 
-    # The one that is waited for ends only when the other one's reply has been called.
+    # The one that is waited for ends only when the other one's reply has been called; it reads once it is there.
+    slow.call("pid")
     other.submit(Request("other", "double", (4,), 60.0, reply=let_go))
     assert slow.call("read", str(pipe)) == "8"
 
