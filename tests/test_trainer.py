@@ -172,8 +172,7 @@ def test_checkpoint_of_another_version_is_refused_by_name(tiny_run: Tiny, tmp_pa
 # ---- reset
 
 
-@WHERE
-@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize(("resources", "trainable"), [({}, "all"), (ACTORS, "lora")], ids=["here", "actors"])
 def test_reset_gives_the_run_of_a_fresh_process(
     tiny_run: Tiny, ray_session: None, tmp_path: Path, resources: dict[str, Any], trainable: str
 ) -> None:
