@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from rl_llm.config import Ramp, RunConfig, build_config, load_config, read_config, recipes, value_at
+from rl_llm.config.yaml12 import read_yaml
 from rl_llm.errors import UserError
 
 
@@ -54,6 +55,11 @@ def complaint(*overrides: str, **sections: Any) -> list[str]:
         ("rollout.min_new_tokens=100", "min_new_tokens 100 exceeds max_new_tokens 64"),
         ("rollout.rows_per_request=30", "rows_per_request 30 must be a multiple of samples_per_prompt 8"),
         ("policy.scratch.heads=3", "hidden_size 128 must be a multiple of 2 x heads (6)"),
+        ("rollout.stop=['\\n', '']", "stop: an empty string would end every completion"),
+        ("evaluation.utility={}", "it names no metric; leave it out, or null, for the default"),
+        ("policy.lora.targets=[]", "it names no module; leave it out for all linear layers"),
+        ("learner.betas=[0.9, 1]", "learner.betas.1: Input should be less than 1"),
+        ("rewards.weights={chrf: 1, chrf: 2}", "not valid YAML: line 1: the key 'chrf' stands there twice"),
         ("task.split={tune: 0.6, test: 0.5}", "tune + test leave no rows to train on"),
     ],
 )  # fmt: skip
@@ -75,7 +81,7 @@ def test_an_override_does_not_lead_through_a_list() -> None:
 
 def test_an_override_that_is_no_yaml() -> None:
     [line] = complaint("rollout.stop=[a")
-    assert line == "override 'rollout.stop=[a': '[a' is not valid YAML"
+    assert line.startswith("override 'rollout.stop=[a': '[a' is not valid YAML: line 1: ")
 
 
 def test_mistakes_in_the_file_are_told_from_those_in_overrides() -> None:
@@ -126,6 +132,39 @@ def test_numbers_lists_and_ramps_as_overrides() -> None:
 def test_a_number_with_an_exponent_is_one_for_a_reward_s_arguments_too(text: str) -> None:
     config = built("rewards.components.mine.use=a:b", f"rewards.components.mine.args.eps={text}")
     assert config.rewards.components["mine"].args == {"eps": pytest.approx(1e-5)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0100", 100), ("-007", -7), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("12:30", "12:30"), ("0b1", "0b1"),
+        ("1.", 1.0), (".5", 0.5), ("-.inf", float("-inf")), ("1:30.5", "1:30.5"), ("2024-01-01", "2024-01-01"),
+        ("on", "on"), ("Yes", "Yes"), ("n", "n"), ("off", "off"), ("true", True), ("FALSE", False), ("~", None),
+        ("", None), ("NULL", None), ("=", "="), ("{<<: {a: 1}, b: no}", {"a": 1, "b": "no"}),
+    ],
+)  # fmt: skip
+def test_yaml_is_that_of_version_1_2(text: str, expected: Any) -> None:
+    config = built("rewards.components.mine.use=a:b", f"rewards.components.mine.args.x={text}")
+    found = config.rewards.components["mine"].args["x"]
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def test_names_and_numbers_in_a_file_are_what_they_look_like(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "policy: {model: a/b}\nrewards:\n  components: {on: chrf, no: length}\n  weights: {on: 010}\n"
+        "trainer: {steps: 0100}\ntask: {system: 12:30}\nlogging: {tensorboard: off}\n"
+    )
+    config = load_config(path, ["rewards.weights.no=2"])
+    assert config.rewards.weights == {"on": 10.0, "no": 2.0}
+    assert (config.trainer.steps, config.task.system, config.logging.tensorboard) == (100, "12:30", False)
+
+
+@pytest.mark.parametrize("text", ["on", "0o17", "1e5", "012", "12:30", "1_0", "null", "2024-01-01", "true", "<<", ""])
+def test_a_text_that_looks_like_something_else_survives_every_reader(text: str) -> None:
+    written = build_config(plain(task={"system": text, "chat": True})).to_yaml()
+    assert read_yaml(written)["task"]["system"] == text
+    assert yaml.safe_load(written)["task"]["system"] == text
 
 
 @pytest.mark.parametrize(
@@ -232,6 +271,9 @@ def test_no_such_recipe_or_file(source: str, expected: str) -> None:
         ("- chrf\n- length", "sections such as 'task:' and 'rewards:' are needed, found list"),
         ("", "sections such as 'task:' and 'rewards:' are needed, found NoneType"),
         (b"rewards: \xff", "not valid YAML"),
+        ("task:\n rows: 10\n rows: 2", "not valid YAML: line 3: the key 'rows' stands there twice, first in line 2"),
+        ("task: {}\nlearner: {}\n'task': {}", "not valid YAML: line 3: the key 'task' stands there twice"),
+        ("trainer: {steps: !!int x}", "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, text: str | bytes, expected: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from rl_llm.config import ComponentConfig, GateConfig, RunConfig, build_config
-from rl_llm.config.overrides import read_yaml
+from rl_llm.config.yaml12 import read_yaml
 from rl_llm.rewards import known
 
 ROOT = Path(__file__).parents[1]

@@ -249,6 +249,10 @@ def test_a_module_in_the_current_folder_may_import_its_neighbours_when_called(tm
     assert sys.path == [*before, str(tmp_path)]
 
 
+def cased(completions, *, upper=True, **columns):
+    return [float(text.isupper() == upper) for text in completions]
+
+
 @pytest.mark.parametrize(
     ("use", "args", "message"),
     [
@@ -260,6 +264,7 @@ def test_a_module_in_the_current_folder_may_import_its_neighbours_when_called(tm
         ("regex", {"pattern": "("}, r"args.pattern"),
         ("vocab", {"n": 0}, r"args.n"),
         ("length", {"mod": "target"}, "did you mean 'mode'"),
+        ("test_rewards:cased", {"upper": "no"}, "args.upper: 'no' is a text; write true or false"),
     ],
 )
 def test_arguments_are_checked_when_built(use, args, message):

@@ -8,7 +8,6 @@ import importlib.resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from rl_llm.config.algorithm import (
@@ -22,13 +21,14 @@ from rl_llm.config.algorithm import (
 from rl_llm.config.base import MAY_CHANGE, MUST_STAY, Ramp, Scheduled, Section, value_at
 from rl_llm.config.evaluation import EvaluationConfig
 from rl_llm.config.learner import LearnerConfig
-from rl_llm.config.overrides import apply_override, explain, read_yaml
+from rl_llm.config.overrides import apply_override, explain
 from rl_llm.config.policy import LoraConfig, PolicyConfig, ScratchConfig, WarmStartConfig
 from rl_llm.config.resources import ResourcesConfig
 from rl_llm.config.rewards import ComponentConfig, GateConfig, RewardsConfig, expand_components
 from rl_llm.config.rollout import RolloutConfig
 from rl_llm.config.task import SplitConfig, TaskConfig
 from rl_llm.config.trainer import CheckpointConfig, LoggingConfig, TrainerConfig
+from rl_llm.config.yaml12 import read_yaml, write_yaml
 from rl_llm.errors import UserError, did_you_mean
 
 __all__ = [
@@ -109,7 +109,7 @@ class RunConfig(Section):
         return {**self.rewards.components, **self.evaluation.metrics}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json", by_alias=True))
 
 
 VERSIONS = "versions"
@@ -136,8 +136,8 @@ def read_config(source: str | Path) -> dict[str, Any]:
     path, where = _find(source)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # of bytes that are not UTF-8 too
+        raise UserError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{where}: sections such as 'task:' and 'rewards:' are needed, found {type(raw).__name__}")
     # A section whose keys are all commented out has its defaults; a run's own config.yaml also notes versions.

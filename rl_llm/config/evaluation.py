@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rl_llm.config.base import MAY_CHANGE, Section
 from rl_llm.config.rewards import Components
@@ -24,3 +24,10 @@ class EvaluationConfig(Section):
     controls: Annotated[list[Literal["supervised", "constant_reward"]], MAY_CHANGE] = Field(
         [], description="runs made for comparison after the main one, from the same start"
     )
+
+    @field_validator("utility")
+    @classmethod
+    def _weighs_something(cls, utility: dict[str, float] | None) -> dict[str, float] | None:
+        if utility == {}:
+            raise ValueError("it names no metric; leave it out, or null, for the default")
+        return utility

@@ -1,31 +1,16 @@
-"""Plain settings under a pydantic model: YAML, dotted overrides, and what is wrong in a user's words."""
+"""Plain settings under a pydantic model: dotted overrides, and what is wrong in a user's words."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel
 
+from rl_llm.config.yaml12 import read_yaml
 from rl_llm.errors import UserError, did_you_mean
 
 # Tags of a union's branches. Problems name them in their path, but they are no keys of the user's.
 NUMBER, RAMP = "<number>", "<ramp>"
 _BRANCHES = (NUMBER, RAMP, "str", "list[str]")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as `yaml.safe_load` reads it, save that 1e-5 is a number, as in YAML 1.2, and not a text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Raises `yaml.YAMLError`."""
-    return yaml.load(text, _Loader)
 
 
 def apply_override(raw: dict[str, Any], override: str, root: type[BaseModel]) -> None:
@@ -50,10 +35,10 @@ def _value(keys: list[str], text: str, override: str, root: type[BaseModel]) -> 
     wants_text = field is not None and field.annotation in (str, str | None)
     try:
         value = read_yaml(text)
-    except yaml.YAMLError:
+    except ValueError as error:
         if wants_text:
             return text
-        raise UserError(f"override {override!r}: {text!r} is not valid YAML") from None
+        raise UserError(f"override {override!r}: {text!r} is not valid YAML: {error}") from None
     return text if wants_text and not isinstance(value, str | None) else value
 
 

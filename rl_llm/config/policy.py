@@ -28,6 +28,13 @@ class LoraConfig(Section):
     alpha: float = Field(32, gt=0)
     targets: str | list[str] = "all-linear"
 
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets:
+            raise ValueError("it names no module; leave it out for all linear layers")
+        return targets
+
 
 class PolicyConfig(Section):
     type: str = Field("causal_lm", description="kind of policy, or package.module:Class")

@@ -31,6 +31,8 @@ class RolloutConfig(Section):
                 f"rows_per_request {self.request_rows} must be a multiple of "
                 f"samples_per_prompt {self.samples_per_prompt}"
             )
+        if "" in self.stop:
+            raise ValueError("stop: an empty string would end every completion before it begins; leave it out")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
         ends = (

@@ -131,6 +131,10 @@ class Component:
 
     def _checked(self, parameter: inspect.Parameter, value: Any) -> Any:
         if parameter.annotation is parameter.empty or isinstance(parameter.annotation, str):
+            if isinstance(parameter.default, bool) and str(value).lower() in ("yes", "no", "on", "off"):
+                raise UserError(
+                    f"component {self.name!r}, args.{parameter.name}: {value!r} is a text; write true or false"
+                )
             return value
         try:
             return TypeAdapter(parameter.annotation).validate_python(value)

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from rl_llm.config import RunConfig, build_config
+from rl_llm.config import RunConfig, build_config, read_config
 from rl_llm.errors import UserError
 from rl_llm.runs.jsonl import read_jsonl
 
@@ -35,7 +34,7 @@ class RunFiles:
     def config(self) -> RunConfig:
         """The resolved config, without the library versions that its file also notes."""
         where = self.path / "config.yaml"
-        raw = yaml.safe_load(where.read_text(encoding="utf-8"))
+        raw = read_config(where)
         return build_config({key: raw[key] for key in RunConfig.model_fields if key in raw}, where=str(where))
 
     @cached_property
