@@ -139,7 +139,7 @@ def test_k1_in_the_loss_is_refused():
 
 
 def test_bounds_of_the_correction_are_the_kinds_own_unless_given():
-    assert built(correction={"kind": "icepop"}).correction_bounds == (0.5, 2.0)
+    assert built(correction={"kind": "icepop"}).correction_bounds == (0.5, 5.0)
     assert built(correction={"kind": "tis", "high": 5.0}).correction_bounds == (0.0, 5.0)
     assert built(correction={"kind": "sequence_mask", "low": 0.9}).correction_bounds == (0.9, 1.01)
 

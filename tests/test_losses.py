@@ -196,7 +196,14 @@ def test_truncated_importance_sampling():
 
 
 def test_icepop_drops_the_weights_that_tis_clamps():
-    close(corrected("icepop", *BOUNDS["icepop"]), 0.21129801515758634)
+    close(corrected("icepop", 0.5, 2.0), 0.21129801515758634)
+
+
+def test_icepop_keeps_weights_from_a_half_to_five():
+    weights = f64([[0.499, 0.5, 1.0, 2.0, 5.0, 5.001]])
+    kept = correction(weights.log(), torch.zeros_like(weights), weights > 0, "icepop", *BOUNDS["icepop"])
+    close(kept[0, [0, 2, 3, 5]], [0.0, 1.0, 2.0, 0.0])
+    assert BOUNDS["icepop"] == (0.5, 5.0)
 
 
 def test_sequence_mask_goes_by_the_geometric_mean():
