@@ -109,6 +109,7 @@ def test_rouge_reads_any_script():
 def test_answers_by_the_rules_of_squad():
     assert values("exact_match", ["The Eiffel Tower!"], reference=["eiffel tower"]) == [1]
     assert values("exact_match", ["The Eiffel Tower!"], {"normalize": False}, reference=["eiffel tower"]) == [0]
+    assert values("exact_match", ["The $5 e-mail"], {"normalize": "squad"}, reference=["5 email"]) == [1]
     assert values("exact_match", ["la tour"], {"language": "fr"}, reference=[["le pont", "la tour"]]) == [1]
     assert values("exact_match", ["42."], reference=[42]) == [1]
     assert values("token_f1", ["a red cat"], reference=["the cat"]) == pytest.approx([2 / 3])
@@ -263,6 +264,7 @@ def cased(completions, *, upper=True, **columns):
         ("regex", {}, r"needs args.pattern"),
         ("regex", {"pattern": "("}, r"args.pattern"),
         ("vocab", {"n": 0}, r"args.n"),
+        ("exact_match", {"normalize": True}, r"args.normalize: .*'answer', 'squad' or False"),
         ("length", {"mod": "target"}, "did you mean 'mode'"),
         ("test_rewards:cased", {"upper": "no"}, "args.upper: 'no' is a text; write true or false"),
     ],

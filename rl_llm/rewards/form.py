@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rl_llm.rewards.registry import reward
-from rl_llm.rewards.text import ngrams, text_of, words
+from rl_llm.rewards.text import ngrams, text_of
+from rl_llm.rewards.words import shown, words
 
 
 @reward("constant", range=(1, 1))
@@ -62,16 +63,12 @@ class Length:
         if self.unit == "tokens":
             counts = [len(ids) for ids in completion_ids]
         else:
-            count = len if self.unit == "characters" else _count_words
-            counts = [count(text_of(completion)) for completion in completions]
+            parts = shown if self.unit == "characters" else words
+            counts = [len(parts(text_of(completion))) for completion in completions]
         if self.mode == "penalty":
             return [-float(count) for count in counts]
         outside = [max(self.low - count, count - self.high, 0.0) for count in counts]
         return [max(1.0 - distance / self.tolerance, 0.0) for distance in outside]
-
-
-def _count_words(text: str) -> int:
-    return len(words(text))
 
 
 @reward("overlong", range=(-1, 0))
@@ -125,7 +122,16 @@ def regex(
     want: bool = True,
     **columns: Any,
 ) -> list[float]:
-    """1 where the pattern is found (`match: full`: is the whole text), else 0; `want: false` turns it round."""
+    """1 where the pattern is found, else 0; `want: false` turns it round.
+
+    With `match: full` it has to be the whole text, with the whitespace around it or without: whether a completion
+    begins with a space is the tokenizer's affair.
+    """
     pattern = re.compile(pattern)
-    find = pattern.fullmatch if match == "full" else pattern.search
-    return [float((find(text_of(completion)) is not None) == want) for completion in completions]
+
+    def found(text: str) -> bool:
+        if match == "search":
+            return pattern.search(text) is not None
+        return any(pattern.fullmatch(one) is not None for one in (text, text.strip()))
+
+    return [float(found(text_of(completion)) == want) for completion in completions]

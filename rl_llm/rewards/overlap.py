@@ -1,6 +1,7 @@
 """Overlap with reference texts: BLEU, chrF and TER by sacrebleu, ROUGE by rouge-score.
 
-Each scores a completion by itself, so that a mean over samples is no corpus score.
+Each scores a completion by itself, so that a mean over samples is no corpus score. Where a metric cuts words at spaces,
+scripts without spaces are cut by character.
 """
 
 import functools
@@ -13,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from rl_llm.rewards.registry import reward
-from rl_llm.rewards.text import against_references, words
+from rl_llm.rewards.text import against_references
+from rl_llm.rewards.words import shown, spaced, words
 
 BleuTokenizer = Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "none"]
 Smoothing = Literal["exp", "floor", "add-k", "none"]
@@ -33,11 +35,14 @@ def bleu(
     """Sentence BLEU: n-gram precision up to four words against the references, 0 to 1.
 
     N-gram orders that a short text cannot have are left out (`effective_order`), else anything below four words is 0.
-    Chinese needs `tokenize: zh`, Japanese and Korean `ja-mecab` and `ko-mecab` (extras of sacrebleu).
+    Japanese and Korean words need `ja-mecab` and `ko-mecab` (extras of sacrebleu).
     """
     scorer = _bleu_scorer(tokenize, smooth_method, lowercase)
     return against_references(
-        completions, reference, lambda text, references: min(scorer.sentence_score(text, references).score / 100, 1.0)
+        completions,
+        reference,
+        spaced if tokenize in ("13a", "intl", "zh") else shown,
+        lambda text, references: min(scorer.sentence_score(text, references).score / 100, 1.0),
     )
 
 
@@ -62,13 +67,17 @@ def chrf(
 
     scorer = functools.partial(CHRF, word_order=word_order, lowercase=lowercase)
     alone = scorer()
+
+    def score_alone(text: str, refs: list[str]) -> float:
+        return float(alone.sentence_score(text, refs).score / 100)
+
     out: list[float | None] = []
     for _, group in itertools.groupby(zip(completions, reference, strict=True), key=operator.itemgetter(1)):
         texts, given = zip(*group, strict=True)
         if len(texts) > 1:
             out += _chrf_of_group(texts, given, scorer)
         else:
-            out += against_references(texts, given, lambda text, refs: alone.sentence_score(text, refs).score / 100)
+            out += against_references(texts, given, spaced, score_alone)
     return out
 
 
@@ -77,7 +86,7 @@ def _chrf_of_group(texts: Sequence[Any], reference: Sequence[Any], scorer: Calla
     # twentieth where they are read once.
     keeping = functools.cache(lambda *refs: scorer(references=[[text] for text in refs]))
     return against_references(
-        texts, reference, lambda text, refs: keeping(*refs).corpus_score([text], None).score / 100
+        texts, reference, spaced, lambda text, refs: keeping(*refs).corpus_score([text], None).score / 100
     )
 
 
@@ -98,7 +107,7 @@ def ter(
     """
     scorer = _ter_scorer(normalized, no_punct, asian_support, case_sensitive)
     return against_references(
-        completions, reference, lambda text, references: -scorer.sentence_score(text, references).score / 100
+        completions, reference, spaced, lambda text, references: -scorer.sentence_score(text, references).score / 100
     )
 
 
@@ -115,12 +124,13 @@ def rouge(
 ) -> list[float | None]:
     """ROUGE F1 against the best reference, 0 to 1; `kind` is 1 or 2 (n-grams) or L (longest common subsequence).
 
-    Words are cut in any script, Chinese and Japanese by character. The cost of L grows with the square of the length.
+    Words are cut in any script. The cost of L grows with the square of the length.
     """
     scorer, key = _rouge_scorer(kind), f"rouge{kind}"
     return against_references(
         completions,
         reference,
+        str,
         lambda text, references: float(scorer.score_multi(references, text)[key].fmeasure),
     )
 

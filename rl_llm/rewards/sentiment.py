@@ -6,6 +6,7 @@ from typing import Any
 
 from rl_llm.rewards.registry import reward
 from rl_llm.rewards.text import text_of
+from rl_llm.rewards.words import shown
 
 
 @reward("sentiment", range=(-1, 1))
@@ -16,7 +17,7 @@ def sentiment(completions: Sequence[Any], **columns: Any) -> list[float]:
     or measure with it what is trained by another component. Text without a word it knows scores 0.
     """
     analyzer = _analyzer()
-    return [analyzer.polarity_scores(text_of(completion))["compound"] for completion in completions]
+    return [analyzer.polarity_scores(shown(text_of(completion)))["compound"] for completion in completions]
 
 
 @functools.cache
