@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, what they refuse, and their exit codes."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tiny
 import yaml
 from conftest import Tiny
+from transformers import AutoTokenizer
 
 from rl_llm import cli
 from rl_llm.config import load_config
@@ -83,6 +86,8 @@ def refused(command: Command, *arguments: object) -> str:
         (["task.split.by=idd"], "task.split.by: task.jsonl has no column 'idd'; did you mean 'id'?"),
         (["task.split={by: id, tune: 0.001}"], "the tune side of task.jsonl is empty"),
         (["task.system=be brief"], "task.system needs a chat prompt"),
+        (["task.chat_args.enable_thinking=false"], "task.chat_args needs a chat prompt"),
+        (['task.prompt={"answer": 1} {text}'], "braces that are text, as in JSON, are doubled: {{ and }}"),
         (["task.max_prompt_tokens=1"], "the prompt has"),
         (["task.chat=true"], "the tokenizer has no chat template"),
         (["warm_start.supervised_steps=1"], "has no field 'reference'"),
@@ -161,10 +166,16 @@ def test_dry_run_prints_config_actors_and_memory_and_starts_nothing(command: Com
     config, _, plan = said.out.partition("\n\n")
     assert yaml.safe_load(config)["resources"]["num_rollout_workers"] == 2
     lines = plan.splitlines()
-    assert [line.split()[0] for line in lines] == ["task", "policy", "rewards", "step", *["actor"] * 3, "memory"]
+    assert [line.split()[0] for line in lines] == [
+        *["task", "policy", "prompt", "tokens", "rewards", "step"], *["actor"] * 3, "memory"
+    ]  # fmt: skip
     assert "actor      2 x rollout worker: 1 CPU, 0 GPU, torch threads: 3 each" in lines
     assert "actor      learner in this process, torch threads: 3" in lines
-    assert "3 a step" in lines[3]
+    assert "3 a step" in lines[5]
+    text = ast.literal_eval(lines[2].removeprefix("prompt     "))
+    assert text.strip() in {row["text"] for row in tiny.rows()}
+    ids = AutoTokenizer.from_pretrained("model")(text.strip())["input_ids"]
+    assert lines[3] == f"tokens     {len(ids)}: {' '.join(map(str, ids))}"
 
 
 def test_dry_run_counts_what_trains(command: Command) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from task_factory import all_rows, as_lines, config, facts, reasons, side_by_prompt, write_lines
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rl_llm.errors import UserError
+from rl_llm.policies import CausalLM, Policy
 from rl_llm.table import conversational
 from rl_llm.tasks import BadRow, Task, load_task, task_from_rows
 
@@ -20,11 +21,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer(words: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    vocab = {word: i for i, word in enumerate(["<unk>", *dict.fromkeys(words.split())])}
+def word_tokenizer(words: str, chat_template: str | None = None, around: str = "$A") -> PreTrainedTokenizerFast:
+    """A tokenizer that puts what `around` has, such as "<s> $A </s>", around each text."""
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(words.split())])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", chat_template=chat_template)
+    marks = [(mark, vocab[mark]) for mark in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=marks)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
 
 
 def messages(count: int) -> list[dict[str, Any]]:
@@ -137,6 +143,87 @@ def test_what_a_chat_template_refuses_is_a_bad_row() -> None:
     task = task_from_rows(rows, config(prompt="{dialogue}"))
     task.tokenize(word_tokenizer(WORDS, picky))
     assert reasons(task) == {8: "the chat template refuses the messages: one message only"}
+
+
+@pytest.mark.parametrize(
+    ("around", "prompt", "expected"),
+    [
+        ("$A", "Shorten: {text}", "Shorten: text 5"),
+        ("<s> $A", "Shorten: {text}", "<s> Shorten: text 5"),
+        ("<s> $A </s>", "Shorten: {text}", "<s> Shorten: text 5"),
+        # Marks that the prompt has itself: it begins with one, and ends as it is written.
+        ("<s> $A", "<s> Shorten: {text}", "<s> Shorten: text 5"),
+        ("<s> $A </s>", "<s> Shorten: {text}", "<s> Shorten: text 5"),
+        ("$A </s>", "<s> {text}", "<s> text 5"),
+        ("$A", "{text} </s>", "text 5 </s>"),
+        ("$A </s>", "{text} </s>", "text 5 </s>"),
+    ],
+)
+def test_marks_of_the_tokenizer_open_a_prompt_once_and_never_close_it(around: str, prompt: str, expected: str) -> None:
+    tokenizer = word_tokenizer(WORDS, around=around)
+    task = task_from_rows(facts(60), config(prompt=prompt))
+    task.tokenize(tokenizer)
+    assert decoded(tokenizer, task, 5) == expected
+
+
+def test_end_tokens_of_a_chat_template_close_no_prompt() -> None:
+    closing = "<s> {% for message in messages %}{{ message['content'] }} {{ eos_token }} {% endfor %}"
+    tokenizer = word_tokenizer(WORDS, closing)
+    task = task_from_rows(facts(60), config(chat=True))
+    task.tokenize(tokenizer)
+    assert decoded(tokenizer, task, 5) == "<s> Shorten: text 5"
+
+
+def test_a_policy_that_reads_its_prompt_gets_it_with_all_marks() -> None:
+    tokenizer = word_tokenizer(WORDS, around="<s> $A </s>")
+    task = task_from_rows(facts(60), config())
+    task.tokenize(tokenizer, continued=False)
+    assert decoded(tokenizer, task, 5) == "<s> Shorten: text 5 </s>"
+    assert CausalLM.continues
+    assert not Policy.continues
+
+
+THINKS = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %} brief{% endif %}"
+
+
+def test_a_chat_template_gets_its_own_arguments() -> None:
+    tokenizer = word_tokenizer(WORDS, THINKS)
+    for args, end in (({}, "<assistant>"), ({"enable_thinking": False}, "<assistant> brief")):
+        task = task_from_rows(facts(60), config(chat=True, chat_args=args))
+        task.tokenize(tokenizer)
+        assert decoded(tokenizer, task, 5) == f"<user> Shorten: text 5 {end}"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"enable_thinkng": False}, "task.chat_args: the tokenizer's chat template takes no argument 'enable_thinkng'"),
+        ({"add_generation_prompt": False}, "task.chat_args: 'add_generation_prompt' is no choice"),
+        ({"tokenize": False}, "task.chat_args: 'tokenize' is no choice of the chat template's; remove it"),
+    ],
+)
+def test_arguments_that_a_chat_template_does_not_take_are_refused(args: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        task_from_rows(facts(60), config(chat=True, chat_args=args)).tokenize(word_tokenizer(WORDS, THINKS))
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+) + CHAT_TEMPLATE
+DROPS_SYSTEM = CHAT_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, DROPS_SYSTEM])
+def test_a_chat_template_without_a_system_role_is_named_as_such(template: str) -> None:
+    tokenizer = word_tokenizer(WORDS, template)
+    with pytest.raises(UserError, match=r"task\.system: the tokenizer's chat template has no system role; remove"):
+        task_from_rows(facts(60), config(chat=True, system="brief")).tokenize(tokenizer)
+    rows = messages(60)
+    rows[7]["dialogue"].insert(0, {"role": "system", "content": "kind"})
+    task = task_from_rows(rows, config(prompt="{dialogue}"))
+    task.tokenize(tokenizer)
+    assert list(reasons(task)) == [8]
+    assert "has no system role" in reasons(task)[8]
 
 
 def test_messages_need_a_chat_template() -> None:

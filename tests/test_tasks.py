@@ -2,6 +2,7 @@ import csv
 import gzip
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_columns_named_like_the_policys_output_are_kept_from_rewards_until_renam
     assert task_from_rows(rows, config(columns={"old": "completions"})).fields == ["text", "old"]
     with pytest.raises(UserError, match="choose another"):
         task_from_rows(rows, config(columns={"completions": "text"}))
+
+
+@pytest.mark.parametrize(
+    "prompt", ['{"answer": 1} {text}', '{"a": {"b": "x"}} {text}', '{"a": {"b": "{text}"}}', "\\boxed{answer} {text}"]
+)
+def test_braces_that_are_text_give_their_remedy(prompt: str) -> None:
+    with pytest.raises(UserError, match=r"^task\.prompt: .*braces that are text, as in JSON, are doubled: {{ and }}$"):
+        task_from_rows(facts(60), config(prompt=prompt))
+    doubled = re.sub(r"[{}]", lambda brace: brace[0] * 2, prompt).replace("{{text}}", "{text}")
+    told = all_rows(task_from_rows(facts(60), config(prompt=doubled)))[5]["prompt"]
+    assert told == prompt.replace("{text}", "text 5")
 
 
 def test_braces_and_numbers_in_a_template() -> None:

@@ -1,6 +1,6 @@
 """The section `task`: where prompts come from."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,7 @@ class TaskConfig(Section):
     columns: dict[str, str] = Field({}, description="name seen by rewards: column in the data, e.g. reference: summary")
     chat: bool = Field(False, description="send a plain prompt as a user message through the chat template")
     system: str | None = Field(None, description="system message put before a chat prompt")
+    chat_args: dict[str, Any] = Field({}, description="arguments of the chat template, e.g. enable_thinking: false")
     max_prompt_tokens: int = Field(512, ge=1)
     on_bad_row: Literal["skip", "fail"] = Field(
         "skip", description="bad rows are always reported, then skipped or fatal"

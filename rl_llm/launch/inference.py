@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
 from rl_llm.errors import UserError
 from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
-from rl_llm.policies import SamplingParams
+from rl_llm.policies import SamplingParams, policy_class
 from rl_llm.rewards import Component, Scores
 from rl_llm.runs.run import Run
 from rl_llm.runtime import connected
@@ -80,7 +80,7 @@ def _model(config: RunConfig) -> str:
 
 
 def _tokenize(config: RunConfig, task: Task, note: Note) -> None:
-    task.tokenize(load_tokenizer(_model(config)))
+    task.tokenize(load_tokenizer(_model(config)), policy_class(config.policy).continues)
     if task.bad_rows:
         note(describe_bad_rows(task.bad_rows))
 
@@ -152,7 +152,7 @@ def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[li
     Components see prompts where the file has the columns of the config's template.
     """
     settings = _of_file(config, file)
-    task = load_prompts(settings.model_copy(update={"prompt": NO_PROMPT, "system": None}))
+    task = load_prompts(settings.model_copy(update={"prompt": NO_PROMPT, "system": None, "chat_args": {}}))
     if completion not in task.fields:
         raise UserError(f"{file} has no column {completion!r}; --completion names one of {', '.join(task.fields)}")
     if set(template_columns(settings.prompt)) <= set(task.fields):

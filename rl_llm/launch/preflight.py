@@ -35,12 +35,14 @@ class Plan:
         task: loaded, and tokenized where the model is there already.
         functions: components that travel to reward workers as they are, by name.
         parameters: of the policy, all of them and the trainable ones.
+        tokenizer: the model's; None for one that is built with it.
     """
 
     config: RunConfig
     task: Task
     functions: Mapping[str, Callable[..., Any]]
     parameters: tuple[int, int]
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task | None = None) -> Plan:
@@ -58,8 +60,8 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     if needs_base(config) or "supervised" in config.evaluation.controls:
         task.training_texts(config.warm_start.target)
     if tokenizer is not None:
-        task.tokenize(tokenizer)
-    return Plan(config, task, functions, _parameters(config))
+        task.tokenize(tokenizer, policy_class(config.policy).continues)
+    return Plan(config, task, functions, _parameters(config), tokenizer)
 
 
 def check_algorithm(config: RunConfig) -> None:
@@ -181,6 +183,7 @@ def describe(plan: Plan) -> list[str]:
     lines = [
         f"task       {task.name}: {splits} prompts",
         f"policy     {source}: {short(total)} parameters, {short(trainable)} of them train ({config.policy.trainable})",
+        *_first_prompt(plan),
         f"rewards    {weights} ({config.rewards.combine})",
         f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
         f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; "
@@ -189,6 +192,19 @@ def describe(plan: Plan) -> list[str]:
         f"memory     about {memory_estimate(config, plan.parameters) / GIB:.1f} GiB in all processes, Ray's own aside",
     ]
     return lines
+
+
+def _first_prompt(plan: Plan) -> list[str]:
+    """The first training prompt as the policy gets it: its text, special tokens included, and its token ids."""
+    if plan.tokenizer is None:
+        return []
+    ids = plan.task.splits["train"]["prompt_ids"][0].as_py()
+    text = plan.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    shown = ids if len(ids) <= 24 else [*ids[:16], "...", *ids[-8:]]
+    return [
+        f"prompt     {(text if len(text) <= 200 else f'{text[:140]} ... {text[-60:]}')!r}",
+        f"tokens     {len(ids)}: {' '.join(map(str, shown))}",
+    ]
 
 
 def _actors(config: RunConfig) -> list[str]:

@@ -19,6 +19,7 @@ from rl_llm.launch.preflight import Plan, describe, load_tokenizer, make_plan
 from rl_llm.launch.resume import complete, open_directory
 from rl_llm.launch.signals import stop_between_steps, terminable
 from rl_llm.launch.warm_start import ensure_base
+from rl_llm.policies import policy_class
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
 from rl_llm.runs.jsonl import to_json
@@ -78,7 +79,7 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         followers.message(line)
     base = ensure_base(config, plan.task, followers.message)
     if config.policy.model is None:
-        plan.task.tokenize(load_tokenizer(base))
+        plan.task.tokenize(load_tokenizer(base), policy_class(config.policy).continues)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
     opened = Trainer.open(
         config,

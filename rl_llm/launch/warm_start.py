@@ -42,7 +42,7 @@ def base_path(config: RunConfig, task: Task) -> Path:
         "policy": config.policy.model_dump(include={"type", "model", "scratch", "dropout", "precision"}),
         "files": _fingerprint(config.policy.model),
         "warm_start": config.warm_start.model_dump(),
-        "task": config.task.model_dump(include={"chat", "system", "max_prompt_tokens"}),
+        "task": config.task.model_dump(include={"chat", "system", "chat_args", "max_prompt_tokens"}),
         "seed": config.trainer.seed,
         "threads": config.resources.threads,
         "versions": [torch.__version__, transformers.__version__, tokenizers.__version__],
@@ -72,7 +72,7 @@ def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[
                 config.policy.scratch, (t for prompt, ts in texts for t in (prompt, *ts)), source, config.trainer.seed
             )
         policy = load_policy(source, config.policy.model_copy(update={"trainable": "all"}))
-        task.tokenize(policy.tokenizer)
+        task.tokenize(policy.tokenizer, policy.continues)
         warm = config.warm_start
         examples = encode_examples(policy, *task.targets(warm.target), warm.max_target_tokens)
         for steps, whole in ((warm.pretrain_steps, True), (warm.supervised_steps, False)):

@@ -85,6 +85,8 @@ class Policy(ABC):
     """What `transformers` loads it with."""
     task_type: ClassVar[str]
     """What `peft` calls its kind."""
+    continues: ClassVar[bool] = False
+    """Whether it writes on where its prompt ends; then no end token may stand there."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase

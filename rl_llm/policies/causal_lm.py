@@ -26,6 +26,7 @@ class CausalLM(Policy):
 
     auto_class = AutoModelForCausalLM
     task_type: ClassVar[str] = "CAUSAL_LM"
+    continues: ClassVar[bool] = True
 
     @classmethod
     def check_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:

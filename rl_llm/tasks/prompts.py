@@ -10,6 +10,8 @@ from rl_llm.errors import UserError
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
+BRACES = "braces that are text, as in JSON, are doubled: {{ and }}"
+
 Row = dict[str, Any]
 
 
@@ -26,10 +28,15 @@ class PromptBuilder:
         types: type of each column that the template names.
 
     Raises:
-        UserError: a column in the template that holds neither text, numbers nor, alone, messages.
+        UserError: a column in the template that holds neither text, numbers nor, alone, messages; or braces of which
+            some are doubled and some are not.
     """
 
     def __init__(self, template: str, types: dict[str, pa.DataType]) -> None:
+        # JSON around a column, {"a": {"b": "{text}"}}, would lose one brace of its last two.
+        left = _PLACEHOLDER.sub(lambda match: "" if match[1] else match[0][0], template)
+        if template.count("{") == template.count("}") and left.count("{") != left.count("}"):
+            raise UserError(f"task.prompt: some of its braces are doubled and become one; {BRACES}")
         self.template = template
         self.columns = template_columns(template)
         self.conversational = len(self.columns) == 1 and (

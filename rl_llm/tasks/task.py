@@ -18,8 +18,9 @@ from rl_llm.config import SplitConfig, TaskConfig
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.table import FIELD, mark_conversational, ragged
 from rl_llm.tasks import records
+from rl_llm.tasks.encoding import encode_messages, encode_texts
 from rl_llm.tasks.files import BadRow, Source, describe_bad_rows, read_source, rows_in_memory, source_of
-from rl_llm.tasks.prompts import PromptBuilder, as_text, require_scalar, template_columns
+from rl_llm.tasks.prompts import BRACES, PromptBuilder, as_text, require_scalar, template_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,16 +55,20 @@ class Task:
     config: TaskConfig
     lines: list[int]
 
-    def tokenize(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def tokenize(self, tokenizer: "PreTrainedTokenizerBase", continued: bool = True) -> None:
         """Add `prompt_ids` to each split, in place; rows over `max_prompt_tokens` become bad rows.
 
+        Args:
+            continued: `Policy.continues`: no end token that the tokenizer or its chat template adds closes a prompt.
+
         Raises:
-            UserError: messages without a chat template, a bad row with `on_bad_row: fail`, or a split left empty.
+            UserError: messages without a chat template or with what it does not take, a bad row with
+                `on_bad_row: fail`, or a split left empty.
         """
         splits: dict[str, pa.Table] = {}
         bad_rows = list(self.bad_rows)
         for side, table in self.splits.items():
-            encoded = self._encode(tokenizer, table["prompt"].to_pylist())
+            encoded = self._encode(tokenizer, table["prompt"].to_pylist(), continued)
             for prompt_id, ids in zip(table["prompt_id"].to_pylist(), encoded, strict=True):
                 if isinstance(ids, str):
                     bad_rows.append(BadRow(self.name, self.lines[prompt_id], ids))
@@ -106,38 +111,28 @@ class Task:
         values = train[FIELD + target].to_pylist()
         return ragged(train["prompt_ids"]), [[v] if isinstance(v, str) else list(v or []) for v in values]
 
-    def _encode(self, tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> list[list[int] | str]:
+    def _encode(
+        self, tokenizer: "PreTrainedTokenizerBase", prompts: list[str], continued: bool
+    ) -> list[list[int] | str]:
         """Token ids of each prompt, or why it cannot be used."""
         encoded: list[list[int] | str]
         if self.conversational or self.config.chat:
-            encoded = self._apply_chat_template(tokenizer, prompts)
+            if not (tokenizer.chat_template or self.config.chat_args.get("chat_template")):
+                remedy = "use a chat model" if self.conversational else "use a chat model, or set task.chat: false"
+                raise UserError(f"{self.name} sends messages, but the tokenizer has no chat template; {remedy}")
+            conversations = [
+                json.loads(prompt) if self.conversational else [{"role": "user", "content": prompt}]
+                for prompt in prompts
+            ]
+            encoded = encode_messages(tokenizer, conversations, self.config, continued)
         else:
-            encoded = list(tokenizer(prompts, verbose=False)["input_ids"]) if prompts else []
+            encoded = list(encode_texts(tokenizer, prompts, continued))
         limit = self.config.max_prompt_tokens
         for i, ids in enumerate(encoded):
             if not ids:
                 encoded[i] = "the tokenizer makes no token of the prompt"
             elif not isinstance(ids, str) and len(ids) > limit:
                 encoded[i] = f"the prompt has {len(ids)} tokens, task.max_prompt_tokens is {limit}"
-        return encoded
-
-    def _apply_chat_template(self, tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> list[list[int] | str]:
-        from jinja2 import TemplateError
-
-        if not tokenizer.chat_template:
-            remedy = "use a chat model" if self.conversational else "use a chat model, or set task.chat: false"
-            raise UserError(f"{self.name} sends messages, but the tokenizer has no chat template; {remedy}")
-        encoded: list[list[int] | str] = []
-        for prompt in prompts:
-            messages = json.loads(prompt) if self.conversational else [{"role": "user", "content": prompt}]
-            if self.config.system is not None and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": self.config.system})
-            # Templates refuse what they were not made for (two user messages in a row, a system message).
-            try:
-                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            except TemplateError as error:
-                ids = f"the chat template refuses the messages: {error}"
-            encoded.append(ids)
         return encoded
 
 
@@ -175,10 +170,11 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
         raise UserError(f"{source.name}: {found}")
     columns = _columns(source, config)
     for name in template_columns(config.prompt):
-        _require("task.prompt", name, columns, source.name)
+        _require("task.prompt", name, columns, source.name, remedy=f"; {BRACES}")
     builder = PromptBuilder(config.prompt, {name: column.type for name, column in columns.items()})
-    if config.system is not None and not (builder.conversational or config.chat):
-        raise UserError("task.system needs a chat prompt; set task.chat: true or remove it")
+    for key, given in (("system", config.system is not None), ("chat_args", bool(config.chat_args))):
+        if given and not (builder.conversational or config.chat):
+            raise UserError(f"task.{key} needs a chat prompt; set task.chat: true or remove it")
     split_by = None if config.split.by == "prompt" else config.split.by
     if split_by:
         _require("task.split.by", split_by, columns, source.name)
@@ -233,10 +229,10 @@ def _columns(source: Source, config: TaskConfig) -> dict[str, pa.ChunkedArray]:
     return {**data, **mapped}
 
 
-def _require(where: str, name: str, columns: dict[str, pa.ChunkedArray], source: str) -> None:
+def _require(where: str, name: str, columns: dict[str, pa.ChunkedArray], source: str, remedy: str = "") -> None:
     if name not in columns:
-        listed = ", ".join(columns) or "none"
-        raise UserError(f"{where}: {source} has no column {name!r}; {did_you_mean(name, columns)} (columns: {listed})")
+        known = f"{did_you_mean(name, columns)} (columns: {', '.join(columns) or 'none'})"
+        raise UserError(f"{where}: {source} has no column {name!r}; {known}{remedy}")
 
 
 def split_of(key: str, split: SplitConfig) -> str:
