@@ -274,6 +274,16 @@ def test_predict_does_not_stop_at_the_rows_that_training_was_given(command: Comm
     assert len(command("predict", "run", "task.jsonl").out.splitlines()) == 48
 
 
+@pytest.mark.parametrize("name", ["text", "question"])
+def test_predict_reads_a_mapped_column_of_the_template_under_either_name(command: Command, name: str) -> None:
+    Path("one.jsonl").write_text(json.dumps({name: "1 please red", "other": "x"}) + "\n")
+    mapped = "task.columns={question: text, reference: colour}"
+    said = command("predict", "model", "one.jsonl", mapped, "task.prompt={question}", "rollout.max_new_tokens=4")
+    assert (said.code, said.err) == (0, "")
+    assert json.loads(said.out).items() >= {name: "1 please red", "other": "x"}.items()
+    assert json.loads(said.out).keys() == {name, "other", "completion", "finish"}
+
+
 def test_predict_names_the_rows_it_leaves_out(command: Command) -> None:
     Path("some.jsonl").write_text('{"text": ""}\n{"text": "1 now red"}\nno json\n')
     said = command("predict", "model", "some.jsonl", "task.prompt={text}", "rollout.max_new_tokens=2")

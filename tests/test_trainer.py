@@ -226,10 +226,13 @@ def test_inference_starts_no_learner(
     monkeypatch.setattr("rl_llm.trainer.workers.Learner", refuse)
     monkeypatch.setattr("rl_llm.trainer.workers.LearnerGroup", refuse)
     counts = [f"resources.num_{kind}={workers}" for kind in ("learners", "rollout_workers")]
-    config = config_for(str(tiny_run.undisturbed), None, [*counts, "resources.num_cpus_per_rollout_worker=0.4"])
+    # The machine has no GPU: were a learner's asked for, there would be no room.
+    asked = ["resources.num_gpus_per_learner=1", "resources.wait_s=10", "resources.num_cpus_per_rollout_worker=0.4"]
+    config = config_for(str(tiny_run.undisturbed), None, [*counts, *asked])
     metrics, count = evaluate(config, "test", print)
     after = RunFiles(tiny_run.undisturbed).summary["after"]
     assert count == 8
     assert all(metrics[name] == after[name] for name in ("match", "length", "tokens"))
+    config.resources.num_reward_workers = 9 * workers  # more than there is room for, and nothing to score
     answers = list(predict(config, str(tiny_run.data), print))
     assert len(answers) == 48

@@ -61,8 +61,9 @@ def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfi
 def _workers(
     config: RunConfig, components: Mapping[str, ComponentConfig], functions: Mapping[str, Callable[..., Any]]
 ) -> Iterator[tuple[Workers, Weights]]:
-    """Workers without a learner, and the weights they act with: the model's own."""
-    resources = config.resources.model_copy(update={"num_learners": 0})
+    """Workers without a learner, and those of rewards only with rewards; and the weights they act with, the model's."""
+    idle = {"num_learners": 0} if components else {"num_learners": 0, "num_reward_workers": 0}
+    resources = config.resources.model_copy(update=idle)
     config = config.model_copy(update={"resources": resources})
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -120,7 +121,7 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
 
     Yields the row's own columns with `completion` and `finish`, in the file's order; bad rows are left out and noted.
     """
-    task = load_prompts(_of_file(config, file).model_copy(update={"columns": {}}))
+    task = load_prompts(_of_file(config, file), rewarded=False)
     _tokenize(config, task, note)
     prompts = task.splits["all"]
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)

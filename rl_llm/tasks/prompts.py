@@ -20,6 +20,11 @@ def template_columns(template: str) -> list[str]:
     return [name for name in _PLACEHOLDER.findall(template) if name]
 
 
+def rename_columns(template: str, names: dict[str, str]) -> str:
+    """The template over the columns' new names, `{old: new}`."""
+    return _PLACEHOLDER.sub(lambda match: f"{{{names.get(match[1], match[1])}}}" if match[1] else match[0], template)
+
+
 class PromptBuilder:
     """Makes a row's prompt, or says why it has none.
 

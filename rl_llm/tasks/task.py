@@ -20,7 +20,7 @@ from rl_llm.table import FIELD, mark_conversational, ragged
 from rl_llm.tasks import records
 from rl_llm.tasks.encoding import encode_messages, encode_texts
 from rl_llm.tasks.files import BadRow, Source, describe_bad_rows, read_source, rows_in_memory, source_of
-from rl_llm.tasks.prompts import BRACES, PromptBuilder, as_text, require_scalar, template_columns
+from rl_llm.tasks.prompts import BRACES, PromptBuilder, as_text, rename_columns, require_scalar, template_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,9 +150,19 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     return _build(source_of(config.data, rows, config.rows or DEFAULT_ROWS), config)
 
 
-def load_prompts(config: TaskConfig) -> Task:
-    """Every row of the data under the one split "all", for predicting; raises as `load_task`."""
-    return _build(read_source(config), config, divide=False)
+def load_prompts(config: TaskConfig, rewarded: bool = True) -> Task:
+    """Every row of the data under the one split "all"; raises as `load_task`.
+
+    Args:
+        rewarded: rewards will read the rows too. Else the mapped columns may be missing, and one that the template
+            names may go by either name.
+    """
+    source = read_source(config)
+    if not rewarded:
+        there = source.table.column_names
+        prompt = rename_columns(config.prompt, {new: old for new, old in config.columns.items() if old in there})
+        config = config.model_copy(update={"prompt": prompt, "columns": {}})
+    return _build(source, config, divide=False)
 
 
 def task_from_rows(rows: Iterable[dict[str, Any]], config: TaskConfig, name: str = "rows") -> Task:
