@@ -8,11 +8,13 @@ import pytest
 import tiny
 from conftest import Tiny
 
-from rl_llm.errors import Interrupted, RunFailed
+from rl_llm.errors import Interrupted, RunFailed, UserError
+from rl_llm.learner.learner import Learner
 from rl_llm.runs import checkpoint
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run
 from rl_llm.trainer.evaluation import Utility
+from rl_llm.trainer.workers import Workers
 
 
 class RaiseAt(Callback):
@@ -73,8 +75,11 @@ def test_damaged_best_policy_is_refused(tiny_run: Tiny, tmp_path: Path) -> None:
         tiny.train(tiny_run.config(), tmp_path / "run", Damage())
 
 
-def test_callbacks_that_never_began_hear_of_no_end(tiny_run: Tiny, tmp_path: Path) -> None:
+def test_callbacks_that_never_began_hear_of_no_end_and_workers_end_all_the_same(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[str] = []
+    monkeypatch.setattr(Workers, "close", lambda workers: heard.append("workers"))
 
     class Breaks(Callback):
         def on_start(self, trainer: Any) -> None:
@@ -86,8 +91,19 @@ def test_callbacks_that_never_began_hear_of_no_end(tiny_run: Tiny, tmp_path: Pat
 
     with pytest.raises(OSError, match="no room"):
         tiny.train(tiny_run.config(), tmp_path / "run", Breaks(), Listens())
-    assert heard == []
+    assert heard == ["workers"]
     assert Run(tmp_path / "run").summary["reason"] == "OSError: no room"
+
+
+def test_learner_that_does_not_see_the_run_directory_is_refused(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see = Learner.see
+    other = tmp_path / "a folder of the same name on another node"
+    monkeypatch.setattr(Learner, "see", lambda learner, mark: see(learner, other / mark.name))
+    with pytest.raises(UserError, match=r"does not see .*another node.*--output on storage that all nodes share"):
+        tiny.train(tiny_run.config(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_utility_of_a_metric_that_never_differed_counts_in_its_own_units() -> None:

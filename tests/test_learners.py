@@ -11,6 +11,9 @@ from conftest import Tiny
 from safetensors.torch import load_file
 
 from rl_llm.errors import RunFailed
+from rl_llm.learner.group import LearnerGroup
+from rl_llm.learner.learner import Learner
+from rl_llm.learner.parallel import DataParallel
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run
 
@@ -93,6 +96,32 @@ def test_learner_that_dies_ends_the_run_instead_of_leaving_the_others_waiting(
     with pytest.raises(RunFailed, match="rank 1"):
         tiny.train(config, tmp_path / "run", Kill())
     assert np.isin([1, 2], Run(tmp_path / "run").metrics["step"]).all()
+
+
+def test_nobody_waits_for_the_learner_that_trains_the_supervised_control(tiny_run: Tiny) -> None:
+    config = tiny_run.config(warm_start={"target": "demonstration"}, resources={"num_learners": 2})
+    happened: list[tuple[str, int]] = []
+
+    class Noting(DataParallel):
+        def scatter(self, named: Any) -> Any:
+            happened.append(("meets the others", self.rank))
+            return iter(named)
+
+    class InTurn:
+        """A pool that asks one learner after the other, as if each took hours."""
+
+        def call(self, method: str, *args: Any) -> Any:
+            for learner in learners:
+                answer = getattr(learner, method)(*args)
+                happened.append((method, learner.parallel.rank))
+            return answer
+
+    learners = [Learner(config, str(tiny_run.policy), rank, parallel=Noting) for rank in (1, 0)]
+    prompts = [np.array(ids) for ids in learners[0].policy.tokenizer(["1 please red", "2 now blue"])["input_ids"]]
+    trained = LearnerGroup(InTurn(), config).supervise(prompts, [["red"], ["blue"]], tokens=32)  # type: ignore[arg-type]
+    assert trained >= 32
+    assert happened[:2] == [("supervise", 1), ("supervise", 0)]
+    assert sorted(happened[2:]) == [("follow", 0), ("follow", 1), ("meets the others", 0), ("meets the others", 1)]
 
 
 def test_learner_without_rows_takes_part_in_the_update(tiny_run: Tiny, ray_session: None, tmp_path: Path) -> None:

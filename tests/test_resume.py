@@ -190,6 +190,15 @@ def test_resume_with_another_config_is_refused_by_key(tiny_run: Tiny, tmp_path: 
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
+def test_resume_with_a_broken_record_is_refused_before_anything_starts(tiny_run: Tiny, tmp_path: Path) -> None:
+    path = stopped(tiny_run, tmp_path / "run")
+    (path / "eval.jsonl").write_text("no json\n" + (path / "eval.jsonl").read_text())
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"eval\.jsonl:1: not valid JSON"):
+        tiny.train(tiny_run.config(), path, resume=True)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
 def test_settings_that_make_no_step_may_change_on_resuming(tiny_run: Tiny, tmp_path: Path) -> None:
     path = stopped(tiny_run, tmp_path / "run")
     config = tiny_run.config(

@@ -9,7 +9,10 @@ from pydantic import BaseModel
 from rl_llm.config import MAY_CHANGE, MUST_STAY, RunConfig
 from rl_llm.errors import UserError
 from rl_llm.runs import checkpoint
+from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.reader import RunFiles
+from rl_llm.runs.writer import LINES
+from rl_llm.runtime.shared import MARK
 from rl_llm.trainer.state import TrainerState
 
 
@@ -18,12 +21,15 @@ def open_directory(config: RunConfig, path: Path, resume: bool, note: Callable[[
     if not (path / "config.yaml").is_file():
         # A run killed while it made its directory has left nothing worth keeping.
         unborn = {"rollouts", "metrics.jsonl", "eval.jsonl", "failures.jsonl", ".config.yaml.partial"}
-        if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= unborn):
+        left = {entry.name for entry in path.iterdir() if not entry.name.startswith(MARK)} if path.is_dir() else set()
+        if path.exists() and not (path.is_dir() and left <= unborn):
             raise UserError(f"--output {path} exists and is no run directory; name another one")
         return None
     if not resume:
         raise UserError(f"{path} holds a run already; add --resume to go on with it, or name another --output")
     refuse_changes(RunFiles(path).config, config, path)
+    for name in LINES:
+        read_jsonl(path / f"{name}.jsonl")  # a broken one is refused before anything starts
     found, refused = checkpoint.find(path / "checkpoints")
     for folder, problem in refused:
         note(f"checkpoint {folder.name} is refused: {problem}")

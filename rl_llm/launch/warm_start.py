@@ -18,6 +18,7 @@ from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
 from rl_llm.policies.scratch import build_scratch
 from rl_llm.runtime.pool import Pool
+from rl_llm.runtime.shared import marked, refuse_unshared
 from rl_llm.tasks import Task
 
 # Texts the byte-pair merges are learned from; more would not change a small vocabulary.
@@ -95,9 +96,11 @@ def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[
 
 
 class BaseBuilder:
-    """The worker that builds a base where the learner will be. The cache folder has to be one that all nodes see."""
+    """The worker that builds a base where the learner will be."""
 
-    def build(self, config: RunConfig, task: Task, folder: Path) -> None:
+    def build(self, config: RunConfig, task: Task, folder: Path, mark: Path) -> None:
+        """Raises `UserError` where the cache folder, which has this file of the driver's, is not to be seen here."""
+        refuse_unshared(mark, "set RL_LLM_CACHE to a folder")
         build_base(config, task, folder, print)
 
 
@@ -119,7 +122,8 @@ def ensure_base(config: RunConfig, task: Task, note: Callable[[str], None]) -> s
         place = partial(Actor, resources.threads, room)
         builder = Pool("warm start", BaseBuilder, lambda index: place(), 1, max_attempts=1)
         try:
-            builder.call("build", config, task, folder)
+            with marked(folder.parent) as mark:
+                builder.call("build", config, task, folder, mark)
         finally:
             builder.close()
     return str(folder)

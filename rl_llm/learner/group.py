@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from rl_llm.config import RunConfig
 from rl_llm.runtime.pool import Pool
+from rl_llm.runtime.shared import marked
 from rl_llm.runtime.weights import Manifest
 
 
@@ -24,6 +25,11 @@ class LearnerGroup:
         """Wait until several learners have found each other."""
         if self._count > 1:
             self._pool.call("join", *self._pool.call("open"))
+
+    def see(self, folder: Path) -> None:
+        """Raise `UserError` where a learner, on another node perhaps, does not see a folder of this process's."""
+        with marked(folder) as mark:
+            self._pool.call("see", mark)
 
     def update(
         self, shards: Sequence[Any], columns: pa.Table, step: int, lr: float, path: Path | None
@@ -59,4 +65,6 @@ class LearnerGroup:
 
     def supervise(self, prompts: Sequence[np.ndarray], targets: Sequence[list[str]], tokens: int) -> int:
         """Supervised training on about `tokens` target tokens; returns how many."""
-        return self._pool.call("supervise", prompts, targets, tokens)
+        trained = self._pool.call("supervise", prompts, targets, tokens)
+        self._pool.call("follow")
+        return int(trained)

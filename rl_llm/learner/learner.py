@@ -22,6 +22,7 @@ from rl_llm.learner.optimizer import build_optimizer, set_rate
 from rl_llm.learner.parallel import DataParallel, MakeParallel
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
+from rl_llm.runtime.shared import refuse_unshared
 from rl_llm.runtime.weights import Manifest, flatten
 
 REFERENCE = "reference/"
@@ -244,14 +245,22 @@ class Learner:
     def supervise(self, prompts: Sequence[np.ndarray], targets: Sequence[list[str]], tokens: int) -> int:
         """Supervised training with the warm start's settings on about `tokens` target tokens; returns how many.
 
-        Of several learners the first one trains and the others take its weights.
+        Of several learners only the first one trains. Nobody may wait for it, as that may take hours: `follow` is a
+        call of its own.
         """
-        warm, trained = self.config.warm_start, 0
-        if self.parallel.rank == 0:
-            examples = encode_examples(self.policy, prompts, targets, warm.max_target_tokens)
-            trained = train_supervised(self.policy, examples, warm, self.config.trainer.seed + 1, tokens=tokens)
+        if self.parallel.rank > 0:
+            return 0
+        warm = self.config.warm_start
+        examples = encode_examples(self.policy, prompts, targets, warm.max_target_tokens)
+        return train_supervised(self.policy, examples, warm, self.config.trainer.seed + 1, tokens=tokens)
+
+    def follow(self) -> None:
+        """Take the weights of the first of several learners."""
         self.policy.load_named(self.parallel.scatter(self.policy.named_weights().items()))
-        return trained
+
+    def see(self, mark: Path) -> None:
+        """Raise `UserError` where the run directory, which has this file of the driver's, is not to be seen here."""
+        refuse_unshared(mark, "name an --output")
 
 
 def _write_whole(table: pa.Table, path: Path) -> None:

@@ -7,6 +7,9 @@ from rl_llm.runs.callbacks import Callback, TrainerView
 from rl_llm.runs.checkpoint import step_name
 from rl_llm.runs.jsonl import JsonlWriter, to_json
 
+LINES = ("metrics", "eval", "failures")
+"""The JSON-lines files of a run."""
+
 
 class RunWriter(Callback):
     """Writes what a run does to its directory. Lines of steps that are still to come are dropped on starting."""
@@ -19,9 +22,7 @@ class RunWriter(Callback):
         # What is measured before the first step is kept as soon as a checkpoint has it.
         kept = trainer.steps_done if trainer.state.before else -1
         trainer.path.mkdir(parents=True, exist_ok=True)
-        self._files = {
-            name: JsonlWriter(trainer.path / f"{name}.jsonl", kept) for name in ("metrics", "eval", "failures")
-        }
+        self._files = {name: JsonlWriter(trainer.path / f"{name}.jsonl", kept) for name in LINES}
         for table in _rollout_tables(trainer.path):
             if table.stem > step_name(max(kept, 0)):
                 table.unlink()

@@ -96,6 +96,7 @@ class Trainer:
         workers = Workers(config, base, config.measured, functions, parallel=parallel)
         try:
             trainer = cls(config, path, task, workers, callbacks, sampler)
+            trainer.learner.see(trainer.path)
             if checkpoint is None:
                 trainer._publish()
             else:
@@ -137,6 +138,7 @@ class Trainer:
         self.workers.reset(config, base, config.measured, functions or {})
         self.learner = self.workers.learner
         self._begin_with(config, path, task)
+        self.learner.see(self.path)
         self._publish()
 
     # The loop.
