@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_llm.errors import RunFailed, UserError
+from rl_llm.process import absolute
 
 app = typer.Typer(
     help="Reinforcement learning of language models with mixtures of rewards.",
@@ -196,8 +197,9 @@ def _writing(path: Path | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", encoding="utf-8")
+        there = absolute(path)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        file = there.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}; name another file") from None
     with file:

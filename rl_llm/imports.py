@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_llm.errors import UserError
+from rl_llm.process import Apart
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
@@ -30,7 +31,8 @@ def _import(module: str, path: str, what: str) -> Any:
     # An installed command does not have the user's folder on the path.
     sys.path.insert(0, here)
     try:
-        found = importlib.import_module(module)
+        with Apart(f"{what} {path!r}, when imported,").entered():
+            found = importlib.import_module(module)
     except Exception as error:
         raise UserError(f"{what} {path!r}: cannot import {module!r}: {type(error).__name__}: {error}") from error
     finally:

@@ -210,7 +210,8 @@ def test_train_ends_with_a_table_and_where_things_are(command: Command) -> None:
     assert (said.code, said.err) == (0, "")
     assert "step 1/1" in said.out
     assert "before" in said.out
-    assert said.out.splitlines()[-1] == "run out/run  model out/run/model  report out/run/report.html"
+    run = Path("out/run").absolute()
+    assert said.out.splitlines()[-1] == f"run {run}  model {run / 'model'}  report {run / 'report.html'}"
     assert Run("out/run").summary["status"] == "finished"
 
 

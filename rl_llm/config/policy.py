@@ -1,11 +1,11 @@
 """The sections `policy` and `warm_start`: what acts and learns, and how it comes to its start."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rl_llm.config.base import Section
+from rl_llm.process import absolute
 
 
 class ScratchConfig(Section):
@@ -51,8 +51,8 @@ class PolicyConfig(Section):
     @classmethod
     def _whole_path(cls, model: str | None) -> str | None:
         # Workers look for it too, from wherever they run.
-        folder = Path(model or "").expanduser()
-        return str(folder.absolute()) if model and folder.is_dir() else model
+        folder = absolute(model or "")
+        return str(folder) if model and folder.is_dir() else model
 
 
 class WarmStartConfig(Section):

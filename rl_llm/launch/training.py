@@ -20,6 +20,7 @@ from rl_llm.launch.resume import complete, open_directory
 from rl_llm.launch.signals import stop_between_steps, terminable
 from rl_llm.launch.warm_start import ensure_base
 from rl_llm.policies import policy_class
+from rl_llm.process import absolute
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
 from rl_llm.runs.jsonl import to_json
@@ -58,6 +59,7 @@ def run_training(
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    path = absolute(path)
     console = console or make_console()
     # The record is written before anybody is told.
     followers = Callbacks([RunWriter(), console, *sinks(config.logging), *callbacks])

@@ -17,6 +17,7 @@ from rl_llm.config import RunConfig
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
 from rl_llm.policies.scratch import build_scratch
+from rl_llm.process import absolute
 from rl_llm.runtime.pool import Pool
 from rl_llm.runtime.shared import marked, refuse_unshared
 from rl_llm.tasks import Task
@@ -27,7 +28,7 @@ TOKENIZER_TEXTS = 20_000
 
 def cache_folder() -> Path:
     """Where warm-started models are kept between runs: RL_LLM_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("RL_LLM_CACHE") or Path.home() / ".cache" / "rl_llm") / "warm_start"
+    return absolute(os.environ.get("RL_LLM_CACHE") or "~/.cache/rl_llm") / "warm_start"
 
 
 def needs_base(config: RunConfig) -> bool:

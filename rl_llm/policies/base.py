@@ -177,13 +177,15 @@ class Policy(ABC):
 
     @contextlib.contextmanager
     def training(self, dropout: float) -> Iterator[None]:
-        """Train mode with this dropout where dropout or gradient checkpointing needs it; acting is always without."""
+        """Gradients, and train mode with this dropout where that or gradient checkpointing needs it; acting is always
+        without."""
         # A model's own dropout cannot act in eval mode, however its modules keep it.
         if dropout > 0 or self.config.gradient_checkpointing:
             _set_dropout(self.model, dropout)
             self.model.train()
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             self.model.eval()
 

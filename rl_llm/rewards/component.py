@@ -17,6 +17,7 @@ from pydantic.errors import PydanticUserError
 
 from rl_llm.config import ComponentConfig
 from rl_llm.errors import RunFailed, UserError, did_you_mean
+from rl_llm.process import Apart
 from rl_llm.rewards.registry import parameters_of, resolve
 from rl_llm.table import ERROR, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
 
@@ -106,12 +107,14 @@ class Component:
     def __init__(self, name: str, config: ComponentConfig, fn: Callable[..., Any] | None = None) -> None:
         self.name = name
         self.config = config
+        self._apart = Apart(f"component {name!r}")
         target = fn if fn is not None else resolve(config.use)
         is_class = inspect.isclass(target)
         self._parameters = parameters_of(target)
         args = self._checked_arguments(is_class)
         try:
-            self._function: Callable[..., Any] = target(**args) if is_class else target
+            with self._apart.entered():
+                self._function: Callable[..., Any] = target(**args) if is_class else target
         except (TypeError, ValueError) as error:
             raise UserError(f"component {name!r}: {error}") from error
         self._args = {} if is_class else args
@@ -161,7 +164,8 @@ class Component:
         setup = getattr(self._function, "setup", None)
         if setup is not None:
             try:
-                setup()
+                with self._apart.entered():
+                    setup()
             except Exception as error:
                 raise RunFailed(f"component {self.name!r}: setup() failed with {_describe(error)}") from error
         self._ready = True
@@ -197,7 +201,8 @@ class Component:
         if rows == 0:
             return []
         try:
-            returned = list(self._call(inputs))
+            with self._apart.entered():
+                returned = list(self._call(inputs))
             if len(returned) != rows:
                 return [_Score(None, ERROR, f"returned {len(returned)} values for {rows} completions")] * rows
             return [_score_of(value) for value in returned]
