@@ -9,14 +9,14 @@ run.table()
 from typing import TYPE_CHECKING, Any
 
 from rl_llm.errors import RunFailed, UserError
-from rl_llm.rewards.registry import reward
+from rl_llm.rewards.registry import Takes, reward
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run, load_run
 
 if TYPE_CHECKING:
     from rl_llm.api import train
 
-__all__ = ["Callback", "Run", "RunFailed", "UserError", "load_run", "reward", "train"]
+__all__ = ["Callback", "Run", "RunFailed", "Takes", "UserError", "load_run", "reward", "train"]
 
 
 def __getattr__(name: str) -> Any:

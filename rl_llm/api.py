@@ -37,7 +37,8 @@ def train(
 
     Args:
         model: a Hugging Face folder or Hub name; None where the recipe builds one.
-        dataset: a file, "hub:owner/name", "builtin:records", rows (dicts) or a `datasets.Dataset`.
+        dataset: a file, "hub:owner/name", "builtin:records", rows (dicts), a `datasets.Dataset` or a frame of pandas or
+            another library that speaks Arrow.
         rewards: one or more components by id, "package.module:function", or functions with TRL's signature; a mapping
             names them.
         weights: lambda by component; 1 where not given.

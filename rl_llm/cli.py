@@ -170,7 +170,7 @@ def score_file(
     rows, scores = score(settings, file, completion, _note)
     if output:
         with _writing(output) as out:
-            print(f"{write_jsonl(with_scores(rows, scores), out)} rows in {output}")
+            print(f"{write_jsonl(with_scores(rows, scores, _note), out)} rows in {output}")
     _show(["component", "mean", "std", "not applicable", "failed", "ms a row"], summarise(scores))
     for name, found in scores.items():
         for message in found.errors:

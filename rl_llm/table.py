@@ -16,7 +16,7 @@ A `pyarrow.Table` with a row per sample, made in *shards* of one rollout request
 `log_kept_mass`     list<float32>  log of the probability that top_p, top_k or a minimum length kept (0: all)
 `temperature`       float32        0: greedy
 `finish`            string         "stop" or "length"
-`field/<name>`      of the task    the data set's own columns
+`field/<name>`      of the task    the data set's own columns, as `rl_llm.columns` has them
 `reward/<name>`     float32        raw component value; null: no value
 `status/<name>`     string         "ok", "not_applicable", "error" or "timeout"
 `reward`            float32        the weighted mixture
@@ -35,6 +35,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from rl_llm.columns import values_of
 
 OK, NOT_APPLICABLE, ERROR, TIMEOUT = "ok", "not_applicable", "error", "timeout"
 FIELD, REWARD, STATUS = "field/", "reward/", "status/"
@@ -104,15 +106,18 @@ def reward_inputs(table: pa.Table) -> dict[str, list[Any]]:
     if conversational(table):
         prompts = [json.loads(prompt) for prompt in prompts]
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    fields = {
-        name.removeprefix(FIELD): table[name].to_pylist() for name in table.column_names if name.startswith(FIELD)
-    }
     return {
+        **fields_of(table),
         "prompts": prompts,
         "completions": completions,
         "completion_ids": table["completion_ids"].to_pylist(),
-        **fields,
     }
+
+
+def fields_of(table: pa.Table) -> dict[str, list[Any]]:
+    """The data's own columns by name, a value a row as it was read."""
+    names = [name for name in table.column_names if name.startswith(FIELD)]
+    return {name.removeprefix(FIELD): values_of(table[name]) for name in names}
 
 
 def component_columns(table: pa.Table) -> dict[str, np.ndarray]:

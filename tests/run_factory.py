@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rl_llm.config import RunConfig, build_config
-from rl_llm.runs.jsonl import JsonlWriter, to_json
+from rl_llm.runs.jsonl import JsonlWriter
 from rl_llm.table import OK
+from rl_llm.values import to_json
 
 
 def make_config(components: dict[str, float], overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -266,6 +266,24 @@ def test_predict_prints_where_no_output_is_named_and_takes_one_row(command: Comm
     assert json.loads(said.out)["question"] == "1 please red"
 
 
+def test_predict_writes_the_rows_of_the_file_as_they_were_read(command: Command) -> None:
+    rows = [
+        {"text": "1 please red", "n": 7, "info": {"a": 1}, "completion": "mine", "finish": [["x"]], "completions": 1},
+        {"text": "2 please red", "n": 0.5, "info": {"b": None}, "completion": "own", "finish": [], "completions": 2},
+    ]
+    file = completions_file(rows)
+    assert '"n": 7,' in Path(file).read_text()
+    Path(file).write_text(Path(file).read_text().replace("null", "NaN"))
+    said = command("predict", "model", file, "task.prompt={text}", "rollout.max_new_tokens=2")
+    assert said.err.splitlines() == [
+        f"the file has a column '{name}' of its own; the new one is called '{name}_2'"
+        for name in ("completion", "finish")
+    ]
+    written = [json.loads(line, parse_constant=pytest.fail) for line in said.out.splitlines()]
+    assert [repr({key: row[key] for key in rows[0]}) for row in written] == list(map(repr, rows))
+    assert all(isinstance(row["completion_2"], str) and row["finish_2"] in ("stop", "length") for row in written)
+
+
 def test_predict_does_not_stop_at_the_rows_that_training_was_given(command: Command) -> None:
     raw = yaml.safe_load(Path("own.yaml").read_text())
     Path("model").unlink()
@@ -363,6 +381,29 @@ def test_rewards_score_shows_values_and_failures(command: Command) -> None:
         {"shouts": None, "exact_match": 0.0},
     ]
     assert [row["status"]["shouts"] for row in rows] == ["ok", "ok", "not_applicable", "error"]
+
+
+def test_rewards_score_keeps_columns_called_rewards(command: Command) -> None:
+    file = completions_file([{"completion": "a b", "rewards": 7, "rewards_2": "x"}])
+    said = command("rewards", "score", file, "--use", "length", "--output", "scores.jsonl")
+    assert said.err == "the file has a column 'rewards' of its own; the new one is called 'rewards_3'\n"
+    assert read_jsonl(Path("scores.jsonl")) == [
+        {
+            "completion": "a b",
+            "rewards": 7,
+            "rewards_2": "x",
+            "rewards_3": {"length": -2.0},
+            "status": {"length": "ok"},
+        }
+    ]
+
+
+def test_rewards_score_refuses_references_that_are_none(command: Command) -> None:
+    file = completions_file([{"completion": "a", "reference": ["a"]}, {"completion": "a", "reference": [["a"]]}])
+    expected = (
+        "answers.jsonl:2: component 'exact_match' cannot read the column 'reference': a list in a list (['a']), where"
+    )
+    assert expected in refused(command, "rewards", "score", file, "--use", "exact_match")
 
 
 def test_rewards_score_with_a_config(command: Command) -> None:

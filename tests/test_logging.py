@@ -15,9 +15,10 @@ from rl_llm.config import LoggingConfig, RunConfig
 from rl_llm.errors import UserError
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.console import Console, LiveConsole, evaluation_lines, make_console, step_line
-from rl_llm.runs.jsonl import JsonlWriter, read_jsonl, to_json
+from rl_llm.runs.jsonl import JsonlWriter, read_jsonl
 from rl_llm.runs.text import short, sparkline
 from rl_llm.runs.trackers import MLflow, TensorBoard, WandB, sinks
+from rl_llm.values import to_json
 
 METRICS = {
     "step": 12,

@@ -6,9 +6,10 @@ import pytest
 from run_factory import around, evaluation, finished, make_run, write_rollouts
 
 from rl_llm.errors import UserError
-from rl_llm.runs.jsonl import JsonlWriter, to_json
+from rl_llm.runs.jsonl import JsonlWriter
 from rl_llm.runs.report.charts import POINTS
 from rl_llm.runs.run import Run, load_run
+from rl_llm.values import to_json
 
 
 def figures(report: Path) -> list[dict]:

@@ -133,8 +133,8 @@ def test_braces_and_numbers_in_a_template() -> None:
         ),
         ({"columns": {"reference": "sumary"}}, r"task\.columns\.reference: .*'sumary'; did you mean 'summary'\?"),
         ({"split": {"by": "summery"}}, r"task\.split\.by: .*did you mean 'summary'\?"),
-        ({"prompt": "{tags}"}, "'tags' holds list"),
-        ({"split": {"by": "tags"}}, r"task\.split\.by: column 'tags' holds list"),
+        ({"prompt": "{tags}"}, "'tags' holds a list"),
+        ({"split": {"by": "tags"}}, r"task\.split\.by: column 'tags' holds a list"),
         ({"system": "be short"}, r"task\.chat: true"),
     ],
 )
@@ -266,12 +266,12 @@ def test_bad_json_lines_are_reported_with_their_lines(tmp_path: Path) -> None:
     found = reasons(task)
     assert list(found) == [3, 5, 6, 7, 8, 9, 10, 11, 13]
     assert found[3].startswith("not JSON: ")
-    assert found[5] == "not a JSON object but a list of a number"
+    assert found[5] == "not a JSON object but a list"
     assert found[6] == found[7] == "column 'text' is missing or empty"
     assert found[8] == "empty prompt"
     assert found[9] == "bytes that are not UTF-8 text"
-    assert found[10] == "column 'text' holds a number (7) that does not fit the text of other rows"
-    assert "'\\ud800'" in found[11]
+    assert found[10] == "column 'text' holds a number (7), where other rows hold text"
+    assert found[11] == "column 'text' holds text ('\\ud800') that no table can store"
     assert str(task.bad_rows[0]).startswith(f"{path}:3: not JSON")
     rows = {row["prompt_id"]: row for row in all_rows(task)}
     assert len(rows) == 41
@@ -336,19 +336,31 @@ def test_nothing_but_bad_rows_is_an_error(tmp_path: Path) -> None:
 
 
 def test_values_that_no_table_holds_are_an_error() -> None:
-    with pytest.raises(UserError, match=r"column 'big' holds a number that no table can store"):
-        task_from_rows([{"text": f"t{i}", "big": 2**70 + i} for i in range(40)], config())
+    with pytest.raises(UserError, match=r"column 'big' holds a object that no table can store"):
+        task_from_rows([{"text": f"t{i}", "big": object()} for i in range(40)], config())
+    rows: list[dict[str, Any]] = [{"text": f"t{i}", "info": [i]} for i in range(40)]
+    rows[5]["info"] = [object()]
+    assert list(reasons(task_from_rows(rows, config()))) == [6]
 
 
-def test_the_most_common_structure_of_a_column_wins() -> None:
-    rows = [{"text": f"t{i}", "info": {"n": i}} for i in range(40)]
-    rows.insert(0, {"text": "odd", "info": {"n": "one"}})
-    assert list(reasons(task_from_rows(rows, config()))) == [1]
+def test_the_most_common_kind_of_a_column_wins() -> None:
+    rows: list[dict[str, Any]] = [{"text": f"t{i}", "n": i, "info": {"n": i}} for i in range(40)]
+    rows.insert(0, {"text": "odd", "n": "one", "info": {"n": 1}})
+    rows.insert(1, {"text": "odd", "n": 1, "info": "one"})
+    rows.insert(2, {"text": "even", "n": 0.5, "info": {"n": "one", "m": []}})
+    assert reasons(task_from_rows(rows, config())) == {
+        1: "column 'n' holds text ('one'), where other rows hold a number",
+        2: "column 'info' holds text ('one'), where other rows hold an object",
+    }
 
 
-def test_objects_without_keys_can_be_written_to_parquet(tmp_path: Path) -> None:
-    rows = [{"text": f"t{i}", "meta": {}, "nested": [{"a": {}, "b": i}]} for i in range(40)]
-    train = task_from_rows(rows, config()).splits["train"]
-    pq.write_table(train, tmp_path / "train.parquet")
-    assert train["field/meta"].null_count == train.num_rows
-    assert train["field/nested"][0].as_py()[0]["b"] == train["prompt_id"][0].as_py()
+def test_rows_whose_prompts_are_on_both_sides_are_told() -> None:
+    rows = [{"id": i, "text": f"t{i % 50}"} for i in range(100)]
+    task = task_from_rows(rows, config(split={"by": "id"}))
+    prompts = {side: task.splits[side]["prompt"].to_pylist() for side in SPLITS}
+    shared = {side: sum(prompt in prompts["train"] for prompt in prompts[side]) for side in ("tune", "test")}
+    assert min(shared.values()) > 0
+    tune, test = (f"{count} of {len(prompts[side])} {side} rows" for side, count in shared.items())
+    assert task.overlap().startswith(f"{tune} and {test} have a prompt that is in train too")
+    assert task_from_rows(rows[:50], config(split={"by": "id"})).overlap() == ""
+    assert task_from_rows(rows, config()).overlap() == ""

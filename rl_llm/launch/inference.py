@@ -1,8 +1,8 @@
 """Using a trained policy: metrics on held-out prompts, completions for a file, scores for completions."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from transformers.utils import logging as transformers_logging
 
+from rl_llm.columns import values_of
 from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
 from rl_llm.errors import UserError
 from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
@@ -19,13 +20,14 @@ from rl_llm.runs.run import Run
 from rl_llm.runtime import connected
 from rl_llm.runtime.replica import fetch
 from rl_llm.runtime.weights import Weights
-from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT
+from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT, fields_of
 from rl_llm.tasks import Task, describe_bad_rows, load_prompts
 from rl_llm.tasks.prompts import template_columns
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import FirstIds
 from rl_llm.trainer.evaluation import Evaluator
 from rl_llm.trainer.workers import Workers
+from rl_llm.values import as_text, to_json
 
 Note = Callable[[str], None]
 """Is told in a line what went wrong with rows: bad ones, failed rewards."""
@@ -103,6 +105,8 @@ def evaluate(
         raise UserError(f"--split {split}: choose one of {', '.join(task.splits)}")
     check_components(config, functions, task)
     _tokenize(config, task, note)
+    if overlap := task.overlap():
+        note(overlap)
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
 
     def failed(record: dict[str, Any]) -> None:
@@ -120,10 +124,12 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
     """A completion for each row of a file, greedy unless `evaluation.temperature` says otherwise.
 
     Yields the row's own columns with `completion` and `finish`, in the file's order; bad rows are left out and noted.
+    Where the file has columns of these names, the policy's get others, and a note says which.
     """
     task = load_prompts(_of_file(config, file), rewarded=False)
     _tokenize(config, task, note)
     prompts = task.splits["all"]
+    names = _free_names(["completion", "finish"], _rows(prompts.slice(0, 1))[0], note)
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
     size = config.rollout.request_rows
     with _workers(config, {}, {}) as (workers, weights):
@@ -132,7 +138,7 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
             pending = workers.collector.start(f"predict-{start}", part, params, FirstIds(start, start), weights, [])
             found = workers.collector.wait(pending)
             for shard in fetch(found.shards):
-                answers = shard.select(["completion", "finish"]).to_pylist()
+                answers = shard.select(list(names)).rename_columns(names).to_pylist()
                 yield from ({**row, **answer} for row, answer in zip(_rows(shard), answers, strict=True))
 
 
@@ -143,8 +149,19 @@ def _of_file(config: RunConfig, file: str) -> TaskConfig:
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
     """The data's own columns."""
-    fields = table.select([name for name in table.column_names if name.startswith(FIELD)])
-    return fields.rename_columns([name.removeprefix(FIELD) for name in fields.column_names]).to_pylist()
+    fields = fields_of(table)
+    return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+
+
+def _free_names(ours: list[str], row: Mapping[str, Any], note: Note) -> dict[str, str]:
+    """Our columns beside those of a row of the data: the name of each, another one where the data have it already."""
+    names = {}
+    for name in ours:
+        numbered = (f"{name}_{number}" for number in count(2))
+        names[name] = next(free for free in chain([name], numbered) if free not in row)
+        if names[name] != name:
+            note(f"the file has a column {name!r} of its own; the new one is called {names[name]!r}")
+    return names
 
 
 def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
@@ -162,27 +179,30 @@ def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[li
         note(describe_bad_rows(task.bad_rows))
     check_components(config, {}, task)
     rows = task.splits["all"]
-    texts = pa.array([text or "" for text in rows[FIELD + completion].cast(pa.string()).to_pylist()])
+    given = values_of(rows[FIELD + completion])
+    texts = pa.array(["" if text is None else as_text(text) for text in given], pa.string())
     words = pa.array([text.split() for text in texts.to_pylist()], pa.list_(pa.string()))
     table = rows.append_column("completion", texts).append_column("completion_ids", words)
     scores = {name: Component(name, component).score(table) for name, component in config.measured.items()}
     return _rows(rows), scores
 
 
-def with_scores(rows: list[dict[str, Any]], scores: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
-    """Each row with its `rewards` and their `status`, by component."""
+def with_scores(rows: list[dict[str, Any]], scores: Mapping[str, Scores], note: Note) -> Iterator[dict[str, Any]]:
+    """Each row with its `rewards` and their `status`, by component; under other names, noted, where it has these."""
+    names = _free_names(["rewards", "status"], rows[0], note)
     for i, row in enumerate(rows):
         values = {name: found.values[i] for name, found in scores.items()}
-        yield {**row, "rewards": values, "status": {name: found.status[i] for name, found in scores.items()}}
+        status = {name: found.status[i] for name, found in scores.items()}
+        yield {**row, names["rewards"]: values, names["status"]: status}
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], file: IO[str]) -> int:
     """Write rows as JSON lines; returns how many."""
-    count = 0
+    written = 0
     for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        count += 1
-    return count
+        file.write(to_json(row) + "\n")
+        written += 1
+    return written
 
 
 def summarise(scores: Mapping[str, Scores]) -> list[list[str]]:

@@ -106,14 +106,19 @@ def read_task(config: RunConfig) -> Task:
 
 
 def check_components(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task) -> None:
-    """Raise `UserError` where a component is unknown, does not take its arguments or lacks a column."""
+    """Raise `UserError` where a component is unknown, does not take its arguments or a value, or lacks a column."""
     for name, component in config.measured.items():
         if component.use.startswith(FUNCTION) and name not in functions:
             raise UserError(
                 f"component {name!r} was a function given in Python: go on there, or set "
                 f"rewards.components.{name}.use=package.module:function"
             )
-        Component(name, component, functions.get(name)).check_columns(task.fields)
+        built = Component(name, component, functions.get(name))
+        built.check_columns(task.fields)
+        for table in task.splits.values():
+            if found := built.misread(table):
+                row, problem = found
+                raise UserError(f"{task.place(table['prompt_id'][row].as_py())}: {problem}")
 
 
 def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
@@ -182,6 +187,7 @@ def describe(plan: Plan) -> list[str]:
     weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.weights.items())
     lines = [
         f"task       {task.name}: {splits} prompts",
+        *([f"warning    {overlap}"] if (overlap := task.overlap()) else []),
         f"policy     {source}: {short(total)} parameters, {short(trainable)} of them train ({config.policy.trainable})",
         *_first_prompt(plan),
         f"rewards    {weights} ({config.rewards.combine})",

@@ -23,13 +23,13 @@ from rl_llm.policies import policy_class
 from rl_llm.process import absolute
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
-from rl_llm.runs.jsonl import to_json
 from rl_llm.runs.run import Run
 from rl_llm.runs.trackers import sinks
 from rl_llm.runs.writer import RunWriter, write_summary
 from rl_llm.runtime import connected
 from rl_llm.tasks import Task, describe_bad_rows
 from rl_llm.trainer.trainer import Trainer
+from rl_llm.values import to_json
 
 LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
 

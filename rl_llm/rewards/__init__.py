@@ -5,7 +5,7 @@ from rl_llm.rewards.component import FAILED, GIVE_UP_AFTER, Component, Scores, d
 from rl_llm.rewards.failures import Resolved, RewardFailed, apply_failure_policies, apply_failure_policy, imputed
 from rl_llm.rewards.form import Length, regex, vocab
 from rl_llm.rewards.overlap import bleu, chrf, rouge, ter
-from rl_llm.rewards.registry import Registered, known, resolve, reward
+from rl_llm.rewards.registry import Registered, Takes, known, resolve, reward
 from rl_llm.rewards.sentiment import sentiment
 from rl_llm.rewards.worker import RewardWorker
 
@@ -19,6 +19,7 @@ __all__ = [
     "RewardFailed",
     "RewardWorker",
     "Scores",
+    "Takes",
     "apply_failure_policies",
     "apply_failure_policy",
     "bleu",

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rl_llm.rewards.registry import reward
-from rl_llm.rewards.text import against_references
+from rl_llm.rewards.text import References, against_references
 from rl_llm.rewards.words import AnswerRule, answer_words
 
 
 @reward("exact_match", range=(0, 1))
 def exact_match(
     completions: Sequence[Any],
-    reference: Sequence[Any],
+    reference: References,
     *,
     normalize: Literal["answer", "squad", False] = "answer",
     language: str = "en",
@@ -34,7 +34,7 @@ def exact_match(
 @reward("token_f1", range=(0, 1))
 def token_f1(
     completions: Sequence[Any],
-    reference: Sequence[Any],
+    reference: References,
     *,
     normalize: AnswerRule = "answer",
     language: str = "en",

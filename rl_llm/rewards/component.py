@@ -15,11 +15,12 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from rl_llm.columns import values_of
 from rl_llm.config import ComponentConfig
 from rl_llm.errors import RunFailed, UserError, did_you_mean
 from rl_llm.process import Apart
 from rl_llm.rewards.registry import parameters_of, resolve
-from rl_llm.table import ERROR, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
+from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
 
 FAILED = (ERROR, TIMEOUT)
 GIVE_UP_AFTER = 8
@@ -157,6 +158,20 @@ class Component:
                     f"component {self.name!r} needs a column {key!r}; map it with task.columns.{key}: <one of {known}>"
                 )
 
+    def misread(self, table: pa.Table) -> tuple[int, str] | None:
+        """The first row of prompts with a value that the component does not take, and what to say of it."""
+        for key, takes in self._parameters.takes.items():
+            if key in self.config.args or FIELD + key not in table.column_names:
+                continue
+            for row, value in enumerate(values_of(table[FIELD + key])):
+                if value is None:
+                    continue
+                try:
+                    takes.read(value)
+                except (TypeError, ValueError) as error:
+                    return row, f"component {self.name!r} cannot read the column {key!r}: {error}"
+        return None
+
     def setup(self) -> None:
         """Call the component's own `setup()`, once, where it has one. Raises `RunFailed` where that fails."""
         if self._ready:
@@ -215,8 +230,9 @@ class Component:
     def _call(self, inputs: dict[str, list[Any]]) -> Any:
         takes = self._parameters
         named = {*takes.inputs, *takes.columns}
-        # A column that happens to share its name with an argument is not that argument.
-        passed = {k: v for k, v in inputs.items() if k in named or (takes.any_column and k not in takes.arguments)}
+        # A column that happens to share its name with an argument, or with `self`, is not that.
+        hidden = {*takes.arguments, takes.own}
+        passed = {k: v for k, v in inputs.items() if k in named or (takes.any_column and k not in hidden)}
         result = self._function(**{**passed, **self._args})
         return _run(result, self.config.timeout_s) if inspect.isawaitable(result) else result
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from rl_llm.rewards.registry import reward
-from rl_llm.rewards.text import against_references
+from rl_llm.rewards.text import References, against_references
 from rl_llm.rewards.words import shown, spaced, words
 
 BleuTokenizer = Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "none"]
@@ -25,7 +25,7 @@ RougeKind = Annotated[Literal["1", "2", "L"], BeforeValidator(str)]
 @reward("bleu", range=(0, 1))
 def bleu(
     completions: Sequence[Any],
-    reference: Sequence[Any],
+    reference: References,
     *,
     tokenize: BleuTokenizer = "13a",
     smooth_method: Smoothing = "exp",
@@ -56,7 +56,7 @@ def _bleu_scorer(tokenize: str, smooth_method: str, lowercase: bool) -> Any:
 @reward("chrf", range=(0, 1))
 def chrf(
     completions: Sequence[Any],
-    reference: Sequence[Any],
+    reference: References,
     *,
     word_order: int = 0,
     lowercase: bool = False,
@@ -93,7 +93,7 @@ def _chrf_of_group(texts: Sequence[Any], reference: Sequence[Any], scorer: Calla
 @reward("ter", range=(-math.inf, 0))
 def ter(
     completions: Sequence[Any],
-    reference: Sequence[Any],
+    reference: References,
     *,
     normalized: bool = False,
     no_punct: bool = False,
@@ -120,7 +120,7 @@ def _ter_scorer(normalized: bool, no_punct: bool, asian_support: bool, case_sens
 
 @reward("rouge", range=(0, 1))
 def rouge(
-    completions: Sequence[Any], reference: Sequence[Any], *, kind: RougeKind = "L", **columns: Any
+    completions: Sequence[Any], reference: References, *, kind: RougeKind = "L", **columns: Any
 ) -> list[float | None]:
     """ROUGE F1 against the best reference, 0 to 1; `kind` is 1 or 2 (n-grams) or L (longest common subsequence).
 

@@ -9,10 +9,11 @@ It is called with keywords: `prompts`, `completions`, `completion_ids` and the t
 are filled from those; keyword-only ones (for a class: those of `__init__`) are arguments, filled from the config alone.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.imports import import_function
@@ -20,6 +21,18 @@ from rl_llm.imports import import_function
 RESERVED = ("prompts", "completions", "completion_ids")
 
 Target = TypeVar("Target", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a component reads in a column, in the annotation of its parameter: `target: Annotated[list, Takes(float)]`.
+
+    Attributes:
+        read: called before a run starts on each value of the column that is not missing. Data with a value for which it
+            raises `ValueError` or `TypeError` are refused with that message.
+    """
+
+    read: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,16 @@ class Parameters:
         columns: filled from the task's columns, or from `args` where those name them.
         inputs: which of `RESERVED` it names.
         any_column: whether all else is passed too (`**columns`).
+        own: the parameter that is the component itself, such as `self`; empty for a function.
+        takes: by column what is read in it, where the parameter says so.
     """
 
     arguments: dict[str, inspect.Parameter]
     columns: dict[str, inspect.Parameter]
     inputs: set[str]
     any_column: bool
+    own: str
+    takes: dict[str, Takes]
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,30 @@ def parameters_of(target: Callable[..., Any]) -> Parameters:
         arguments = {k: p for k, p in named.items() if p.kind is p.KEYWORD_ONLY and k not in RESERVED}
         named = {k: p for k, p in named.items() if k not in arguments}
     columns = {k: p for k, p in named.items() if k not in RESERVED}
-    return Parameters(arguments, columns, set(named) - set(columns), any(p.kind is p.VAR_KEYWORD for p in called))
+    any_column = any(p.kind is p.VAR_KEYWORD for p in called)
+    function = _function(target)
+    takes = _takes(function, columns)
+    return Parameters(arguments, columns, set(named) - set(columns), any_column, _own(target, function), takes)
+
+
+def _function(target: Any) -> Any:
+    """The function that a call of the component, or of an instance of it, ends in."""
+    if inspect.isclass(target):
+        return target.__call__
+    called = target if inspect.isroutine(target) else type(target).__call__
+    return getattr(called, "__func__", called)
+
+
+def _own(target: Any, function: Any) -> str:
+    return "" if function is target else next(iter(inspect.signature(function).parameters), "")
+
+
+def _takes(function: Any, columns: dict[str, inspect.Parameter]) -> dict[str, Takes]:
+    annotations = {k: p.annotation for k, p in columns.items()}
+    with contextlib.suppress(Exception):  # annotations may name what is there for a type checker alone
+        annotations |= get_type_hints(function, include_extras=True)
+    marks = {k: getattr(annotations[k], "__metadata__", ()) for k in columns}
+    return {k: mark for k, found in marks.items() for mark in found if isinstance(mark, Takes)}
 
 
 def _named(signature: inspect.Signature) -> dict[str, inspect.Parameter]:

@@ -1,7 +1,13 @@
 """What the components share: reading completions and references."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from rl_llm.rewards.registry import Takes
+from rl_llm.values import texts_of
+
+References = Annotated[Sequence[Any], Takes(texts_of)]
+"""A column of references: a text a row, or several, as `texts_of` reads them."""
 
 Form = TypeVar("Form")
 
@@ -21,13 +27,9 @@ def against_references(
     form: Callable[[str], Form],
     score: Callable[[Form, list[Form]], float],
 ) -> list[float | None]:
-    """`score(text, references)` of each completion, texts in the form compared; None where the row has no reference.
-
-    A row's reference is one string or number, or a list of them with gaps allowed.
-    """
+    """`score(text, references)` of each completion, texts in the form compared; None where the row has no reference."""
     out: list[float | None] = []
     for completion, given in zip(completions, reference, strict=True):
-        several = given if isinstance(given, list | tuple) else [given]
-        references = [form(str(one)) for one in several if one is not None]
+        references = [form(text) for text in texts_of(given)]
         out.append(score(form(text_of(completion)), references) if references else None)
     return out

@@ -1,34 +1,15 @@
 """JSON lines: written strictly, flushed line by line, read whole after a kill."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from rl_llm.errors import UserError
+from rl_llm.values import to_json
 
 # Evaluations that a run makes when its steps are done; a resumed run makes them again.
 MADE_AT_THE_END = ("after", "supervised")
-
-
-def to_json(value: Any) -> str:
-    """Strict JSON on one line: NaN and infinities become null, numpy numbers plain ones, paths strings."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from rl_llm.config import LoggingConfig
 from rl_llm.errors import UserError
 from rl_llm.runs.callbacks import Callback, TrainerView
-from rl_llm.runs.jsonl import to_json
+from rl_llm.values import to_json
 
 
 def sinks(config: LoggingConfig) -> list[Callback]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from rl_llm.runs.callbacks import Callback, TrainerView
 from rl_llm.runs.checkpoint import step_name
-from rl_llm.runs.jsonl import JsonlWriter, to_json
+from rl_llm.runs.jsonl import JsonlWriter
+from rl_llm.values import to_json
 
 LINES = ("metrics", "eval", "failures")
 """The JSON-lines files of a run."""

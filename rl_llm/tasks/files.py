@@ -1,9 +1,11 @@
 """Where rows come from: JSON lines, CSV and Parquet files (gzipped or not), Hub data sets and rows in memory.
 
-Whatever the origin, the result is a `Source`: a typed table of the good rows and a `BadRow` for each of the others.
-CSV cells stay text (an empty one is a missing value); the other formats keep the types they have.
+Whatever the origin, the result is a `Source`: a table of the good rows and a `BadRow` for each of the others. CSV cells
+stay text; an empty one, and pandas' `NaN` and `nan`, are missing values. In the other formats each value keeps the type
+it has in its row, and what is no finite number is a missing value.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -16,16 +18,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rl_llm.columns import column_of, normal_column
 from rl_llm.config import TaskConfig
 from rl_llm.errors import UserError, did_you_mean
+from rl_llm.values import kind_of, plain
 
 HUB = "hub:"
 FORMATS = (".jsonl", ".csv", ".parquet")
+MISSING = ("", "NaN", "nan")
+"""Cells of a CSV file that hold no value."""
 
 # Bytes that are not UTF-8 are decoded to lone surrogates, so that they spoil their own row and no other.
 _UNDECODABLE = re.compile("[\ud800-\udfff]")
@@ -33,6 +39,9 @@ _NOT_UTF8 = "bytes that are not UTF-8 text"
 
 Parsed = tuple[int, dict[str, Any] | str]
 """A row's line, and the row or the reason why it is none."""
+
+Column: TypeAlias = pa.ChunkedArray | list[Any]
+"""A column as a source has it: of Arrow, or the rows' values as `plain` makes them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Source:
 
     Attributes:
         name: what `BadRow.source` says.
-        table: the data's columns; [N] good rows.
+        table: the data's columns as `rl_llm.columns` has them; [N] good rows.
         ordinals: place of each good row among all rows of the source, from 0; [N].
         lines: line of each row of the source by its ordinal, bad ones too.
         bad_rows: the rows that are not in `table`.
@@ -102,11 +111,15 @@ def read_source(config: TaskConfig) -> Source:
 
 
 def rows_in_memory(rows: Any, name: str, limit: int | None) -> Source:
-    """Read an iterable of dicts or a `datasets.Dataset`."""
+    """Read an iterable of dicts, a `datasets.Dataset`, or a frame of pandas or another library that speaks Arrow."""
     # Who holds a Dataset has imported datasets already; importing it here would cost everyone else seconds.
-    datasets = sys.modules.get("datasets")
+    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")
     if datasets and isinstance(rows, datasets.Dataset):
         return _from_table(name, rows.with_format("arrow")[:], limit)
+    if pandas and isinstance(rows, pandas.DataFrame):
+        return _from_pandas(name, rows, limit)
+    if hasattr(rows, "__arrow_c_stream__"):
+        return _from_table(name, pa.table(rows), limit)
     if isinstance(rows, Mapping):
         kind = type(rows).__name__
         raise UserError(f"{name} is a {kind}; pass one split of it, e.g. dataset['train'], or a list of dicts")
@@ -120,7 +133,7 @@ def _check_row(row: Any) -> dict[str, Any] | str:
 
 
 def source_of(name: str, parsed: Iterable[Parsed], limit: int | None) -> Source:
-    """Collect parsed rows into columns of one type each; a value of another type than most makes its row bad."""
+    """Collect parsed rows into columns; a value of another kind than most makes its row bad."""
     rows: list[dict[str, Any]] = []
     ordinals: list[int] = []
     lines: list[int] = []
@@ -132,25 +145,52 @@ def source_of(name: str, parsed: Iterable[Parsed], limit: int | None) -> Source:
         else:
             rows.append(row)
             ordinals.append(ordinal)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    misfits: dict[int, str] = {}
-    for column in columns:
-        misfits |= _misfits(name, column, [row.get(column) for row in rows])
-    bad_rows += [BadRow(name, lines[ordinals[i]], reason) for i, reason in misfits.items()]
-    kept = [i for i in range(len(rows)) if i not in misfits]
-    return Source(
-        name=name,
-        table=pa.table({column: _column(name, column, [rows[i].get(column) for i in kept]) for column in columns}),
-        ordinals=[ordinals[i] for i in kept],
-        lines=lines,
-        bad_rows=bad_rows,
-    )
+    names = dict.fromkeys(column for row in rows for column in row)
+    columns = {column: [plain(row.get(column)) for row in rows] for column in names}
+    return _gather(name, columns, ordinals, lines, bad_rows)
 
 
 def _from_table(name: str, table: pa.Table, limit: int | None) -> Source:
     _refuse_duplicates(name, table.column_names)
-    table = table.slice(0, limit).replace_schema_metadata(None)
-    return Source(name, table, list(range(table.num_rows)), list(range(1, table.num_rows + 1)), [])
+    table = table.slice(0, limit)
+    ordinals, lines = list(range(table.num_rows)), list(range(1, table.num_rows + 1))
+    return _gather(name, {column: table[column] for column in table.column_names}, ordinals, lines, [])
+
+
+def _from_pandas(name: str, frame: Any, limit: int | None) -> Source:
+    for column in frame.columns:
+        if not isinstance(column, str):
+            raise UserError(f"{name}: the column name {column!r} is not text; rename the columns")
+    _refuse_duplicates(name, list(frame.columns))
+    frame = frame.iloc[:limit]
+    ordinals, lines = list(range(len(frame))), list(range(1, len(frame) + 1))
+    return _gather(name, {column: _series(frame[column]) for column in frame.columns}, ordinals, lines, [])
+
+
+def _series(series: Any) -> Column:
+    # Arrow would make one type of an object column, fractions of its whole numbers say, or refuse it.
+    if series.dtype != object:
+        with contextlib.suppress(pa.ArrowException):
+            return pa.Table.from_pandas(series.to_frame(), preserve_index=False).column(0)
+    return [plain(value) for value in series]
+
+
+def _gather(
+    name: str, columns: Mapping[str, Column], ordinals: list[int], lines: list[int], bad_rows: list[BadRow]
+) -> Source:
+    misfits: dict[int, str] = {}
+    for column, values in columns.items():
+        if isinstance(values, list):
+            misfits |= _misfits(name, column, values)
+    kept = [i for i in range(len(ordinals)) if i not in misfits]
+    table = {}
+    for column, values in columns.items():
+        if isinstance(values, list):
+            table[column] = column_of([values[i] for i in kept])
+        else:
+            table[column] = normal_column(values).take(pa.array(kept, pa.int64()))
+    bad_rows = [*bad_rows, *(BadRow(name, lines[ordinals[i]], reason) for i, reason in misfits.items())]
+    return Source(name, pa.table(table), [ordinals[i] for i in kept], lines, bad_rows)
 
 
 def _load_hub(config: TaskConfig) -> pa.Table:
@@ -190,7 +230,7 @@ def _parse_json(line: str) -> dict[str, Any] | str:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
-    return row if isinstance(row, dict) else f"not a JSON object but {_kind(row)}"
+    return row if isinstance(row, dict) else f"not a JSON object but {kind_of(row)}"
 
 
 def _parse_csv(text: str, name: str) -> Iterator[Parsed]:
@@ -224,7 +264,7 @@ def _parse_csv(text: str, name: str) -> Iterator[Parsed]:
         elif _UNDECODABLE.search("".join(cells)):
             yield line, _NOT_UTF8
         else:
-            yield line, {column: cell or None for column, cell in zip(header, cells, strict=True)}
+            yield line, {column: None if cell in MISSING else cell for column, cell in zip(header, cells, strict=True)}
 
 
 def _refuse_duplicates(name: str, columns: list[str]) -> None:
@@ -234,59 +274,23 @@ def _refuse_duplicates(name: str, columns: list[str]) -> None:
 
 
 def _misfits(name: str, column: str, values: list[Any]) -> dict[int, str]:
-    """Places of the values that cannot share a column with the most common kind, each with the reason."""
-    if _array(values) is not None:
+    """Places of the values that are of another kind than most, or that no column holds, each with the reason."""
+    kinds = {i: kind_of(value) for i, value in enumerate(values) if value is not None}
+    if not kinds:
         return {}
-    kinds = [None if value is None else _kind(value) for value in values]
-    common = Counter(kind for kind in kinds if kind is not None).most_common(1)[0][0]
-    candidates = (value for value, kind in zip(values, kinds, strict=True) if kind == common)
-    example = next((value for value in candidates if _array([value]) is not None), None)
-    if example is None:
-        raise UserError(f"{name}: column {column!r} holds {common} that no table can store; remove or convert it")
-    return {
-        i: f"column {column!r} holds {_kind(value)} ({value!r:.40}) that does not fit the {common} of other rows"
-        for i, value in enumerate(values)
-        if _array([example, value]) is None
-    }
+    [(common, count)] = Counter(kinds.values()).most_common(1)
+    out = {i: f", where other rows hold {common}" for i, kind in kinds.items() if kind != common}
+    if not _fits([value for i, value in enumerate(values) if i not in out]):
+        unfit = [i for i, value in enumerate(values) if i not in out and not _fits([value])]
+        if len(unfit) == count:
+            raise UserError(f"{name}: column {column!r} holds {common} that no table can store; remove or convert it")
+        out |= dict.fromkeys(unfit, " that no table can store")
+    return {i: f"column {column!r} holds {kinds[i]} ({values[i]!r:.40}){reason}" for i, reason in out.items()}
 
 
-def _column(name: str, column: str, values: list[Any]) -> pa.Array:
-    array = _array(values)
-    if array is None:
-        raise UserError(f"{name}: column {column!r} differs in structure from row to row; make it alike, or remove it")
-    # Parquet, which rollouts are written to, has no type for an object without keys.
-    return pa.array([_null_empty(value) for value in values]) if _has_empty_object(array.type) else array
-
-
-def _array(values: list[Any]) -> pa.Array | None:
+def _fits(values: list[Any]) -> bool:
     try:
-        return pa.array(values)
-    except (pa.ArrowException, ValueError, OverflowError):
-        return None
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true/false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list):
-        kinds = sorted({_kind(item) for item in value if item is not None})
-        return f"a list of {' and '.join(kinds)}" if kinds else "an empty list"
-    if isinstance(value, dict):
-        return "an object with " + ", ".join(f"{key}: {_kind(value[key])}" for key in sorted(value))
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _has_empty_object(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind) and kind.num_fields == 0:
-        return True
-    return any(_has_empty_object(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def _null_empty(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_empty(item) for key, item in value.items()} or None
-    return [_null_empty(item) for item in value] if isinstance(value, list) else value
+        column_of(values)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

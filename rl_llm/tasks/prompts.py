@@ -4,9 +4,8 @@ import json
 import re
 from typing import Any
 
-import pyarrow as pa
-
 from rl_llm.errors import UserError
+from rl_llm.values import as_text, is_scalar, kind_of
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
@@ -30,14 +29,14 @@ class PromptBuilder:
 
     Args:
         template: text with {column}; the prompt is conversational where it is one column of messages and no more.
-        types: type of each column that the template names.
+        values: each column that the template names, a value a row.
 
     Raises:
         UserError: a column in the template that holds neither text, numbers nor, alone, messages; or braces of which
             some are doubled and some are not.
     """
 
-    def __init__(self, template: str, types: dict[str, pa.DataType]) -> None:
+    def __init__(self, template: str, values: dict[str, list[Any]]) -> None:
         # JSON around a column, {"a": {"b": "{text}"}}, would lose one brace of its last two.
         left = _PLACEHOLDER.sub(lambda match: "" if match[1] else match[0][0], template)
         if template.count("{") == template.count("}") and left.count("{") != left.count("}"):
@@ -45,12 +44,12 @@ class PromptBuilder:
         self.template = template
         self.columns = template_columns(template)
         self.conversational = len(self.columns) == 1 and (
-            template.strip() == f"{{{self.columns[0]}}}" and _is_messages(types[self.columns[0]])
+            template.strip() == f"{{{self.columns[0]}}}" and any(map(_is_messages, values[self.columns[0]]))
         )
         if not self.conversational:
             for name in self.columns:
                 require_scalar(
-                    f"task.prompt (which may be a column of messages only alone): column {name!r}", types[name]
+                    f"task.prompt (which may be a column of messages only alone): column {name!r}", values[name]
                 )
 
     def problem(self, row: Row) -> str:
@@ -64,34 +63,28 @@ class PromptBuilder:
     def prompt(self, row: Row) -> str:
         """The filled-in template, or the messages as JSON. It depends on the row alone, not on its neighbours."""
         if self.conversational:
-            # Keys that only other rows have read as null here: they are left out, and the rest is sorted.
+            # In a source of one type a column, keys that only other rows have are null here: they are left out.
             messages = _without_null(row[self.columns[0]])
-            return json.dumps(messages, ensure_ascii=False, sort_keys=True, default=str)
+            return json.dumps(messages, ensure_ascii=False, sort_keys=True)
         return _PLACEHOLDER.sub(lambda match: as_text(row[match[1]]) if match[1] else match[0][0], self.template)
 
 
-def require_scalar(what: str, kind: pa.DataType) -> None:
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        raise UserError(f"{what} holds {kind}, but text or numbers are needed; name another column")
+def require_scalar(what: str, values: list[Any]) -> None:
+    for value in values:
+        if not is_scalar(value):
+            raise UserError(f"{what} holds {kind_of(value)}, but text or numbers are needed; name another column")
 
 
-def as_text(value: Any) -> str:
-    # One fraction in a JSON column turns its whole numbers into floats; 7 must not become 7.0 and change its side.
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return str(int(value) if whole else value)
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(item, dict) and {"role", "content"} <= set(item) for item in value
+    )
 
 
-def _is_messages(kind: pa.DataType) -> bool:
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
-        return False
-    message = kind.value_type
-    return {"role", "content"} <= {message.field(i).name for i in range(message.num_fields)}
-
-
-def _bad_messages(messages: list[Row | None]) -> str:
+def _bad_messages(messages: list[Any]) -> str:
     last: Row = {"role": "", "content": ""}
     for message in messages:
-        if not message or not isinstance(message["role"], str) or not isinstance(message["content"], str):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             return "a message needs a role and a content, both text"
         last = message
     if not last["content"].strip():

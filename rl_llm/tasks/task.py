@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from rl_llm.columns import values_of
 from rl_llm.config import SplitConfig, TaskConfig
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.table import FIELD, mark_conversational, ragged
 from rl_llm.tasks import records
 from rl_llm.tasks.encoding import encode_messages, encode_texts
 from rl_llm.tasks.files import BadRow, Source, describe_bad_rows, read_source, rows_in_memory, source_of
-from rl_llm.tasks.prompts import BRACES, PromptBuilder, as_text, rename_columns, require_scalar, template_columns
+from rl_llm.tasks.prompts import BRACES, PromptBuilder, rename_columns, require_scalar, template_columns
+from rl_llm.values import as_text, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,9 +44,10 @@ class Task:
         conversational: prompts are lists of messages, for the policy and for rewards.
         splits: a table for each of "train", "tune" and "test" (or one, "all"), in the order of the source. Columns:
             `prompt_id` int64 (the row's place in the source, from 0), `prompt` string (messages as JSON in a
-            conversational task), `field/<name>` for each of `fields`, and after `tokenize` `prompt_ids` list<int32>.
+            conversational task), `field/<name>` for each column of the data and each mapped one, and after `tokenize`
+            `prompt_ids` list<int32>.
         bad_rows: the rows that are in no split, by line.
-        fields: names under which rewards see the data: its columns and the mapped ones.
+        fields: names under which rewards see the data: its columns and the mapped ones, but for `RESERVED`.
     """
 
     name: str
@@ -90,26 +93,50 @@ class Task:
         """`(prompt, targets)` of each train row that has a target, for training a tokenizer or a warm start.
 
         Args:
-            target: a field with one text or a list of them.
+            target: a field with a text a row, or several, as `texts_of` reads them.
         """
         if target not in self.fields:
             raise UserError(f"{self.name} has no field {target!r}; {did_you_mean(target, self.fields)}")
-        train = self.splits["train"]
-        kind = train[FIELD + target].type
-        if not _is_text(kind.value_type if _is_list(kind) else kind):
-            raise UserError(f"field {target!r} of {self.name} holds {kind}; a target is a text or a list of texts")
-        rows = zip(train["prompt"].to_pylist(), train[FIELD + target].to_pylist(), strict=True)
-        listed = ((prompt, [value] if isinstance(value, str) else value or []) for prompt, value in rows)
-        texts = [(prompt, [text for text in targets if text]) for prompt, targets in listed if any(targets)]
+        rows = zip(self.splits["train"]["prompt"].to_pylist(), self._texts(target), strict=True)
+        texts = [(prompt, [text for text in targets if text]) for prompt, targets in rows if any(targets)]
         if not texts:
             raise UserError(f"field {target!r} of {self.name} is empty in every train row; name another target")
         return texts
 
     def targets(self, target: str) -> tuple[list[np.ndarray], list[list[str]]]:
         """Prompts (tokens) of the tokenized train split, and the texts to imitate that each row has in a field."""
+        return ragged(self.splits["train"]["prompt_ids"]), self._texts(target)
+
+    def _texts(self, target: str) -> list[list[str]]:
         train = self.splits["train"]
-        values = train[FIELD + target].to_pylist()
-        return ragged(train["prompt_ids"]), [[v] if isinstance(v, str) else list(v or []) for v in values]
+        texts = []
+        for prompt_id, value in zip(train["prompt_id"].to_pylist(), values_of(train[FIELD + target]), strict=True):
+            try:
+                texts.append(texts_of(value))
+            except ValueError as error:
+                raise UserError(f"{self.place(prompt_id)}: the target {target!r} is {error}") from None
+        return texts
+
+    def place(self, prompt_id: int) -> str:
+        """Where a row is, for messages: the source and the line."""
+        return f"{self.name}:{self.lines[prompt_id]}"
+
+    def overlap(self) -> str:
+        """What to tell of held-out rows whose prompt is trained on too; empty where there is none."""
+        if self.config.split.by == "prompt" or "train" not in self.splits:
+            return ""
+        trained = set(self.splits["train"]["prompt"].to_pylist())
+        shared = {}
+        for side in ("tune", "test"):
+            prompts = self.splits[side]["prompt"].to_pylist()
+            if count := sum(prompt in trained for prompt in prompts):
+                shared[side] = f"{count} of {len(prompts)} {side} rows"
+        if not shared:
+            return ""
+        return (
+            f"{' and '.join(shared.values())} have a prompt that is in train too, so they are not held out; "
+            f"task.split.by: prompt keeps equal prompts on one side (now: {self.config.split.by})"
+        )
 
     def _encode(
         self, tokenizer: "PreTrainedTokenizerBase", prompts: list[str], continued: bool
@@ -166,7 +193,7 @@ def load_prompts(config: TaskConfig, rewarded: bool = True) -> Task:
 
 
 def task_from_rows(rows: Iterable[dict[str, Any]], config: TaskConfig, name: str = "rows") -> Task:
-    """A task from rows in memory, dicts or a `datasets.Dataset`; `config.data` is not read.
+    """A task from rows in memory: dicts, a `datasets.Dataset` or a frame; `config.data` is not read.
 
     Raises:
         UserError: as `load_task`.
@@ -181,17 +208,17 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
     columns = _columns(source, config)
     for name in template_columns(config.prompt):
         _require("task.prompt", name, columns, source.name, remedy=f"; {BRACES}")
-    builder = PromptBuilder(config.prompt, {name: column.type for name, column in columns.items()})
-    for key, given in (("system", config.system is not None), ("chat_args", bool(config.chat_args))):
-        if given and not (builder.conversational or config.chat):
-            raise UserError(f"task.{key} needs a chat prompt; set task.chat: true or remove it")
     split_by = None if config.split.by == "prompt" else config.split.by
     if split_by:
         _require("task.split.by", split_by, columns, source.name)
-        require_scalar(f"task.split.by: column {split_by!r}", columns[split_by].type)
-
-    used = dict.fromkeys([*builder.columns, *config.columns, *([split_by] if split_by else [])])
-    values = {name: columns[name].to_pylist() for name in used}
+    used = dict.fromkeys([*template_columns(config.prompt), *config.columns, *([split_by] if split_by else [])])
+    values = {name: values_of(columns[name]) for name in used}
+    builder = PromptBuilder(config.prompt, values)
+    for key, given in (("system", config.system is not None), ("chat_args", bool(config.chat_args))):
+        if given and not (builder.conversational or config.chat):
+            raise UserError(f"task.{key} needs a chat prompt; set task.chat: true or remove it")
+    if split_by:
+        require_scalar(f"task.split.by: column {split_by!r}", values[split_by])
     kept: list[int] = []
     prompts: list[str] = []
     splits_of: list[str] = []
@@ -210,12 +237,11 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
     if not kept:
         raise UserError(f"{source.name}: every row is bad; {describe_bad_rows(bad_rows)}")
 
-    fields = [name for name in columns if name not in RESERVED]
     table = pa.table(
         {
             "prompt_id": pa.array([source.ordinals[i] for i in kept], type=pa.int64()),
             "prompt": pa.array(prompts, type=pa.string()),
-            **{FIELD + name: columns[name].take(pa.array(kept)) for name in fields},
+            **{FIELD + name: column.take(pa.array(kept)) for name, column in columns.items()},
         }
     )
     if builder.conversational:
@@ -224,6 +250,7 @@ def _build(source: Source, config: TaskConfig, divide: bool = True) -> Task:
     if divide:
         splits = {side: table.filter(pa.array([s == side for s in splits_of])) for side in SPLITS}
         _refuse_empty_side(source.name, splits, config.split)
+    fields = [name for name in columns if name not in RESERVED]
     return Task(source.name, builder.conversational, splits, bad_rows, fields, config, source.lines)
 
 
@@ -269,11 +296,3 @@ def _refuse_empty_side(name: str, splits: dict[str, pa.Table], split: SplitConfi
                 f"the {side} side of {name} is empty: {rows} rows were divided by the hash of {split.by!r} "
                 f"with tune {split.tune} and test {split.test}; {remedy}, add rows, or split by another column"
             )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

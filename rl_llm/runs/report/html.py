@@ -7,12 +7,12 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from rl_llm.config import Ramp
-from rl_llm.runs.jsonl import to_json
 from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.report.charts import Chart, mixture_charts, reward_charts, training_charts
 from rl_llm.runs.report.style import CSS, DRAW
 from rl_llm.runs.results import results_of
 from rl_llm.runs.text import is_number, printable, prompt_text, short
+from rl_llm.values import to_json
 
 MESSAGE_LIMIT = 600  # characters of a failure's message
 
