@@ -8,7 +8,7 @@ A `pyarrow.Table` with a row per sample, made in *shards* of one rollout request
 `group`             int64          samples of one prompt in one step share it
 `policy_version`    int32          learner updates behind the weights that acted
 `prompt`            string         as read; messages as JSON where the task is conversational
-`completion`        string         decoded once, for rewards and readers; never encoded again
+`completion`        string         what the tokens say, without those that end it; never encoded again
 `prompt_ids`        list<int32>    what the policy read
 `completion_ids`    list<int32>    what the policy wrote, end token included
 `action_mask`       list<bool>     tokens the policy chose

@@ -1,5 +1,6 @@
 """The engine: what it draws, what it says of it, and that it is the model's own distribution."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
 from rl_llm.launch.preflight import make_plan
 from rl_llm.policies import CausalLM
+from rl_llm.policies.decoding import decode, stop_begins
 from rl_llm.policies.packing import make_rows, pack
 from rl_llm.policies.sampling import SamplingParams, draw, uniforms
 from rl_llm.table import ragged
@@ -199,7 +201,68 @@ def test_special_token_can_be_a_stop_string(tiny_run: Tiny) -> None:
             ids = ids[: ids.index(mark) + 1]
             assert row["finish"] == "stop"
         assert row["completion_ids"] == ids
-        assert row["completion"] == acting.tokenizer.decode(ids, skip_special_tokens=True)
+        assert row["completion"] == acting.tokenizer.decode(ids).removesuffix("<|end|>").removesuffix("green")
+
+
+def test_stop_string_before_the_minimum_length_cuts_neither_tokens_nor_text(policy: CausalLM) -> None:
+    params = {"samples_per_prompt": 32, "temperature": 1.0, "min_new_tokens": 3}
+    free = sample(policy, tiny.greedy(**params)).to_pylist()
+    shard = sample(policy, tiny.greedy(**params, stop=("green", "gold red"))).to_pylist()
+    spelled = partial(policy.tokenizer.decode, clean_up_tokenization_spaces=False)
+    early = again = 0
+    for before, row in zip(free, shard, strict=True):
+        ids = before["completion_ids"]
+        ends = (n for n in range(3, len(ids) + 1) if spelled(ids[:n]).endswith(("green", "gold red")))
+        end = next(ends, None)
+        assert row["completion_ids"] == ids[:end]
+        text = before["completion"] if end is None else spelled(ids[:end])
+        cut = "" if end is None else "gold red" if text.endswith("gold red") else "green"
+        assert row["completion"] == text.removesuffix(cut)
+        early += "green" in row["completion"]
+        again += "green" in row["completion"] and cut == "green"
+    assert early > again > 0
+
+
+def test_special_tokens_are_in_the_text_save_those_that_end_it(tiny_run: Tiny) -> None:
+    acting = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32"))
+    think, full_stop = acting.tokenizer(" green blue", add_special_tokens=False)["input_ids"]
+    acting.tokenizer.add_special_tokens({"additional_special_tokens": acting.tokenizer.convert_ids_to_tokens([think])})
+    acting.unwrapped.generation_config.eos_token_id = [acting.tokenizer.eos_token_id, full_stop]
+    written = 0
+    for row in sample(acting, tiny.greedy(samples_per_prompt=16, temperature=1.0)).to_pylist():
+        ids = row["completion_ids"]
+        said = ids[:-1] if row["finish"] == "stop" else ids
+        assert row["completion"] == acting.tokenizer.decode(said)
+        assert "<|end|>" not in row["completion"]
+        assert "blue" not in row["completion"]
+        written += think in said
+    assert written > 5
+
+
+def test_what_a_tokenizer_tidies_is_left_as_it_was_written(tiny_run: Tiny) -> None:
+    tokenizer = CausalLM(tiny_run.policy, PolicyConfig(precision="fp32")).tokenizer
+    text = " red , do n't ! <|end|> gold ."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    assert tokenizer.decode(ids) != text
+    assert decode(tokenizer, [ids]) == [text]
+    assert decode(tokenizer, [ids], silent=[tokenizer.eos_token_id]) == [text.replace("<|end|>", "")]
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "expected"),
+    [
+        ("a ", "a b.", 3),
+        ("a. b", "a. b", None),  # an old one does not end it again
+        ("a. b", "a. b.", 4),
+        ("a.", "a.. ", 2),
+        ("x�", "xé.", 2),  # half a character became a whole one
+        ("a EN", "a END", 2),
+    ],
+)
+def test_stop_string_that_the_last_token_completed(before: str, text: str, expected: int | None) -> None:
+    assert stop_begins(before, text, (".", "END")) == expected
 
 
 def test_samples_follow_their_id_whatever_else_is_in_the_batch(policy: CausalLM) -> None:

@@ -29,7 +29,7 @@ class Actions:
         ids: int [length] each: tokens; one label; one tag a word.
         logprobs: float32 [length] each, of the untruncated distribution at the sampling temperature.
         log_kept_mass: float32 [length] each, of what truncation kept; 0: all.
-        texts: what rewards read: a text, a label's name, tags.
+        texts: what rewards read: a text up to the stop string that ended it, a label's name, tags.
         finish: "stop" or "length".
     """
 

@@ -67,9 +67,8 @@ class CausalLM(Policy):
             [row[:n] for row, n in zip(table.cpu().numpy(), lengths, strict=True)]
             for table in (decoded.tokens, decoded.logprobs, decoded.log_kept_mass)
         )
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         finish = ["stop" if ended else "length" for ended in decoded.ended.tolist()]
-        return Actions(tokens, logprobs, kept, texts, finish)
+        return Actions(tokens, logprobs, kept, decoded.texts(), finish)
 
     def pack(self, rows: Sequence[PackedRow]) -> GroupBatch:
         return pack(rows)

@@ -1,6 +1,7 @@
 """The decode loop of decoder-only models, on the library's models and cache interface."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Decoding:
         params: SamplingParams,
     ) -> None:
         self.model, self.tokenizer, self.params, self.prompts = model, tokenizer, params, prompts
-        self.banned = end_ids
+        self.ends = end_ids
         rows, steps, device = len(sample_ids), params.max_new_tokens, model.device
         self.uniform = uniforms(params.seed, sample_ids, steps) if params.temperature > 0 else torch.zeros(rows, steps)
         self.end_ids = torch.tensor(end_ids, device=device)
@@ -68,7 +69,7 @@ class Decoding:
                 logits,
                 self.uniform[self.active.cpu(), step],
                 params,
-                banned=self.banned if step < params.min_new_tokens else [],
+                banned=self.ends if step < params.min_new_tokens else [],
             )
             self.record(step, drawn.tokens, drawn.logprobs, drawn.log_kept_mass)
             running = ~self.ended[self.active]
@@ -109,11 +110,37 @@ class Decoding:
 
     def _end_at_stop_strings(self, rows: Tensor, length: int) -> None:
         # A stop string is spelled by at most its number of bytes in tokens, however the tokenizer cuts it.
-        tail = max(len(stop.encode()) for stop in self.params.stop) + 1
-        # With special tokens, as a stop string may be one: the completion's text, without them, ends there by itself.
-        texts = self.tokenizer.batch_decode(self.tokens[rows, max(length - tail, 0) : length])
-        found = [any(stop in text for stop in self.params.stop) for text in texts]
-        self.ended[rows] |= torch.tensor(found, device=self.ended.device)
+        start = max(length - max(len(stop.encode()) for stop in self.params.stop) - 1, 0)
+        texts = decode(self.tokenizer, self.tokens[rows, start:length].tolist())
+        for row, text in zip(rows, texts, strict=True):
+            if any(stop in text for stop in self.params.stop):
+                [before] = decode(self.tokenizer, [self.tokens[row, start : length - 1].tolist()])
+                self.ended[row] |= stop_begins(before, text, self.params.stop) is not None
+
+    def texts(self) -> list[str]:
+        """What each sample says, up to the stop string that ended it; tokens that end or pad a sample say nothing."""
+        silent = {*self.ends, self.tokenizer.pad_token_id}
+        rows = [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+        texts = decode(self.tokenizer, rows, silent)
+        for i in self.ended.nonzero().squeeze(1).tolist() if self.params.stop else []:
+            [before] = decode(self.tokenizer, [rows[i][:-1]], silent)
+            texts[i] = texts[i][: stop_begins(before, texts[i], self.params.stop)]
+        return texts
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], silent: Collection[int] = ()
+) -> list[str]:
+    """The text of tokens as it was written, special ones included and nothing tidied; `silent` ones are left out."""
+    written = [[token for token in row if token not in silent] for row in rows]
+    return list(tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def stop_begins(before: str, text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins that the last token completed: in `text`, and not in `before`, without it."""
+    known = len(os.path.commonprefix([before, text]))  # noqa: RUF071 - character by character is what is meant
+    found = [text.find(stop, max(known - len(stop) + 1, 0)) for stop in stops]
+    return min((at for at in found if at >= 0), default=None)
 
 
 def prefill_mask(real: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def sample_shard(engine: Engine, request: RolloutRequest) -> pa.Table:
         "sample_id": request.sample_ids,
         "group": request.groups,
         "policy_version": np.full(len(actions.ids), weights.step),
-        "completion": [_before_stop(text, params.stop) for text in actions.texts],
+        "completion": actions.texts,
         "completion_ids": actions.ids,
         "action_mask": [np.ones(len(ids), dtype=bool) for ids in actions.ids],
         "logprobs": actions.logprobs,
@@ -58,8 +58,3 @@ def sample_shard(engine: Engine, request: RolloutRequest) -> pa.Table:
         "finish": actions.finish,
     }
     return make_shard(request.prompts, params.samples_per_prompt, columns)
-
-
-def _before_stop(text: str, stops: tuple[str, ...]) -> str:
-    """The text up to the first stop string in it."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
