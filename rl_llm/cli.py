@@ -161,12 +161,14 @@ def score_file(
 ) -> None:
     """Score completions of a file: try a reward before training on it."""
     from rl_llm.config import build_config, read_config
-    from rl_llm.launch.inference import score, summarise, with_scores, write_jsonl
+    from rl_llm.launch.inference import NO_MODEL, score, summarise, with_scores, write_jsonl
 
     if bool(use) == bool(config):
         raise UserError("give the components with --use (repeated), or with --config")
     raw: dict[str, Any] = read_config(config) if config else {"rewards": {"components": use}}
-    settings = build_config({**raw, "policy": {"model": "-"}}, overrides or [], where=config or "--use")
+    policy = raw.get("policy")
+    model = (policy.get("model") if isinstance(policy, dict) else None) or NO_MODEL
+    settings = build_config({**raw, "policy": {"model": model}}, overrides or [], where=config or "--use")
     rows, scores = score(settings, file, completion, _note)
     if output:
         with _writing(output) as out:

@@ -430,6 +430,52 @@ def test_rewards_score_passes_prompts_where_the_file_has_them(command: Command) 
         assert mean in said.out
 
 
+def polite(completions: list[list[dict[str, str]]], prompts: list[list[dict[str, str]]]) -> list[float]:
+    """Reads messages, as a reward of a conversational task does."""
+    pairs = zip(prompts, completions, strict=True)
+    return [float(asked[-1]["role"] == "user" and "please" in said[0]["content"]) for asked, said in pairs]
+
+
+def test_rewards_score_reads_completions_of_messages(command: Command) -> None:
+    said = [[{"role": "assistant", "content": text}] for text in ("yes please", "no")]
+    file = completions_file([{"completion": one, "q": "?", "reference": "no"} for one in said])
+    for prompt in ("{q}", "{missing}"):
+        shown = command(
+            "rewards", "score", file, "--use", "test_cli:polite", "--use", "exact_match", f"task.prompt={prompt}",
+            "--output", "scores.jsonl",
+        )  # fmt: skip
+        assert (shown.code, shown.err) == (0, "")
+        rewards = [row["rewards"] for row in read_jsonl(Path("scores.jsonl"))]
+        assert rewards == [{"polite": 1.0, "exact_match": 0.0}, {"polite": 0.0, "exact_match": 1.0}]
+    file = completions_file([{"completion": ["yes", "no"]}])
+    assert "column 'completion' holds ['yes', 'no'], but a text or a list of messages is needed" in refused(
+        command, "rewards", "score", file, "--use", "length"
+    )
+
+
+@pytest.mark.parametrize(
+    ("use", "settings"),
+    [
+        ("overlong", ["rewards.components.overlong.args={limit: 5, buffer: 4}"]),
+        ("length", ["rewards.components.length.args.unit=tokens"]),
+    ],
+)
+def test_rewards_score_counts_tokens_of_a_tokenizer(command: Command, use: str, settings: list[str]) -> None:
+    file = completions_file([{"completion": text} for text in ("", "red", "red blue green", "12345")])
+    assert f"component '{use}' reads tokens, and a file has none; name the model" in refused(
+        command, "rewards", "score", file, "--use", use, *settings
+    )
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    counts = [len(tokenizer(text)["input_ids"]) + 1 for text in ("", "red", "red blue green", "12345")]
+    assert counts[:3] == [1, 2, 4]
+    expected = [max(-(count - 1) / 4, -1.0) if use == "overlong" else -count for count in counts]
+    Path("rewards.yaml").write_text(yaml.safe_dump({"policy": {"model": "model"}, "rewards": {"components": [use]}}))
+    for source in (["--use", use, "policy.model=model"], ["--config", "rewards.yaml"]):
+        said = command("rewards", "score", file, *source, *settings, "--output", "scores.jsonl")
+        assert (said.code, said.err) == (0, "")
+        assert [row["rewards"][use] for row in read_jsonl(Path("scores.jsonl"))] == expected
+
+
 def test_rewards_score_refuses(command: Command) -> None:
     file = completions_file([{"completion": "x"}])
     assert "--use (repeated), or with --config" in refused(command, "rewards", "score", file)

@@ -16,11 +16,12 @@ from rl_llm.errors import UserError
 from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
 from rl_llm.policies import SamplingParams, policy_class
 from rl_llm.rewards import Component, Scores
+from rl_llm.rewards.text import text_of
 from rl_llm.runs.run import Run
 from rl_llm.runtime import connected
 from rl_llm.runtime.replica import fetch
 from rl_llm.runtime.weights import Weights
-from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT, fields_of
+from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, TIMEOUT, conversational, fields_of, mark_conversational
 from rl_llm.tasks import Task, describe_bad_rows, load_prompts
 from rl_llm.tasks.prompts import template_columns
 from rl_llm.tasks.source import held_out
@@ -32,8 +33,8 @@ from rl_llm.values import as_text, to_json
 Note = Callable[[str], None]
 """Is told in a line what went wrong with rows: bad ones, failed rewards."""
 
-# Stands for the prompts of a file of completions that has none.
-NO_PROMPT = "-"
+# Stands for the prompts of a file of completions that has none, and for the policy that wrote them.
+NO_PROMPT = NO_MODEL = "-"
 
 
 def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfig:
@@ -167,7 +168,8 @@ def _free_names(ours: list[str], row: Mapping[str, Any], note: Note) -> dict[str
 def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
     """Completions that stand in a column of a file, scored by every component: the rows and their scores.
 
-    Components see prompts where the file has the columns of the config's template.
+    Components see prompts where the file has the columns of the config's template, and messages where the completions
+    are messages. Tokens are those of `policy.model`, with the end token.
     """
     settings = _of_file(config, file)
     task = load_prompts(settings.model_copy(update={"prompt": NO_PROMPT, "system": None, "chat_args": {}}))
@@ -179,12 +181,41 @@ def score(config: RunConfig, file: str, completion: str, note: Note) -> tuple[li
         note(describe_bad_rows(task.bad_rows))
     check_components(config, {}, task)
     rows = task.splits["all"]
+    components = {name: Component(name, component) for name, component in config.measured.items()}
     given = values_of(rows[FIELD + completion])
-    texts = pa.array(["" if text is None else as_text(text) for text in given], pa.string())
-    words = pa.array([text.split() for text in texts.to_pylist()], pa.list_(pa.string()))
-    table = rows.append_column("completion", texts).append_column("completion_ids", words)
-    scores = {name: Component(name, component).score(table) for name, component in config.measured.items()}
-    return _rows(rows), scores
+    texts = [_text(one, f"{file}: column {completion!r}") for one in given]
+    table = rows.append_column("completion", pa.array(texts, pa.string()))
+    table = table.append_column("completion_ids", pa.array(_tokens(config, components, texts), pa.list_(pa.int32())))
+    if any(isinstance(one, list) for one in given) and not conversational(table):
+        asked = [json.dumps([{"role": "user", "content": prompt}]) for prompt in table["prompt"].to_pylist()]
+        at = table.column_names.index("prompt")
+        table = mark_conversational(table.set_column(at, "prompt", pa.array(asked, pa.string())))
+    return _rows(rows), {name: component.score(table) for name, component in components.items()}
+
+
+def _text(completion: Any, where: str) -> str:
+    """The text of a completion of the data: a text, a number or messages."""
+    if isinstance(completion, dict | list):
+        messages = completion if isinstance(completion, list) else [None]
+        if not all(isinstance(one, dict) and isinstance(one.get("content"), str | None) for one in messages):
+            raise UserError(f"{where} holds {completion!r:.60}, but a text or a list of messages is needed")
+        return text_of(completion)
+    return "" if completion is None else as_text(completion)
+
+
+def _tokens(config: RunConfig, components: Mapping[str, Component], texts: list[str]) -> list[list[int] | None]:
+    """The tokens of each text as a policy would have written it; None where no component counts them."""
+    counting = [name for name, component in components.items() if component.reads_tokens]
+    if not counting:
+        return [None] * len(texts)
+    if config.policy.model in (None, NO_MODEL):
+        raise UserError(
+            f"component {counting[0]!r} reads tokens, and a file has none; name the model whose tokenizer counts: "
+            "policy.model=<folder or Hub name>"
+        )
+    tokenizer = load_tokenizer(_model(config))
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return [[*ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def with_scores(rows: list[dict[str, Any]], scores: Mapping[str, Scores], note: Note) -> Iterator[dict[str, Any]]:

@@ -148,6 +148,11 @@ class Component:
         except PydanticUserError:  # an annotation of the user's that says nothing about plain values
             return value
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it needs `completion_ids`: it names them, or a class has an attribute of this name that says so."""
+        return bool(getattr(self._function, "reads_tokens", "completion_ids" in self._parameters.inputs))
+
     def check_columns(self, fields: Iterable[str]) -> None:
         """Raises `UserError` where the component needs a column that is not among the task's `fields`."""
         fields = sorted(fields)

@@ -49,6 +49,7 @@ class Length:
         if (mode == "window") != (min is not None or max is not None):
             raise ValueError("mode 'window' and a min: or max: <length> go together")
         self.mode, self.unit = mode, unit
+        self.reads_tokens = unit == "tokens"
         self.low = target if target is not None else min or 0.0
         self.high = target if target is not None else math.inf if max is None else max
         if self.low > self.high:
@@ -60,7 +61,7 @@ class Length:
     def __call__(
         self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float]:
-        if self.unit == "tokens":
+        if self.reads_tokens:
             counts = [len(ids) for ids in completion_ids]
         else:
             parts = shown if self.unit == "characters" else words
