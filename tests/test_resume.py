@@ -202,6 +202,7 @@ def test_resume_with_a_broken_record_is_refused_before_anything_starts(tiny_run:
 def test_settings_that_make_no_step_may_change_on_resuming(tiny_run: Tiny, tmp_path: Path) -> None:
     path = stopped(tiny_run, tmp_path / "run")
     config = tiny_run.config(
+        policy={"save_dtype": "bf16"},
         evaluation={"every": 3, "samples": 0},
         checkpoint={"every": 3, "keep": 1},
         logging={"rollouts": 3},

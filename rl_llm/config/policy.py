@@ -1,10 +1,10 @@
 """The sections `policy` and `warm_start`: what acts and learns, and how it comes to its start."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rl_llm.config.base import Section
+from rl_llm.config.base import MAY_CHANGE, Section
 from rl_llm.process import absolute
 
 
@@ -44,6 +44,9 @@ class PolicyConfig(Section):
     last_layers: int = Field(2, ge=1, description="how many of the last layers train with trainable=last_layers")
     lora: LoraConfig = LoraConfig()
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where it is native")
+    save_dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], MAY_CHANGE] = Field(
+        "auto", description="of the saved model; auto: as the given one is stored"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, one more forward")
     dropout: float = Field(0.0, ge=0, lt=1, description="for warm start; reinforcement learning runs without")
 

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from rl_llm.columns import values_of
 from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
 from rl_llm.errors import UserError
+from rl_llm.launch.fit import check_fit, without_weights
 from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
 from rl_llm.policies import SamplingParams, policy_class
 from rl_llm.rewards import Component, Scores
@@ -84,7 +85,10 @@ def _model(config: RunConfig) -> str:
 
 
 def _tokenize(config: RunConfig, task: Task, note: Note) -> None:
-    task.tokenize(load_tokenizer(_model(config)), policy_class(config.policy).continues)
+    tokenizer = load_tokenizer(_model(config))
+    task.tokenize(tokenizer, policy_class(config.policy).continues)
+    for line in check_fit(config, without_weights(config.policy), tokenizer, task, imitates=False):
+        note(line)
     if task.bad_rows:
         note(describe_bad_rows(task.bad_rows))
 

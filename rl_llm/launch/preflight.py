@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import UserError
+from rl_llm.launch.fit import architecture, check_fit, first_line, saving_notes, without_weights
 from rl_llm.launch.warm_start import needs_base
 from rl_llm.policies import policy_class
 from rl_llm.policies.base import freeze
-from rl_llm.policies.scratch import scratch_settings
 from rl_llm.rewards import Component, known
 from rl_llm.rollout.engines import engine_maker
 from rl_llm.runs.text import short
@@ -36,6 +35,7 @@ class Plan:
         functions: components that travel to reward workers as they are, by name.
         parameters: of the policy, all of them and the trainable ones.
         tokenizer: the model's; None for one that is built with it.
+        notes: what is no reason not to start, and good to know.
     """
 
     config: RunConfig
@@ -43,6 +43,7 @@ class Plan:
     functions: Mapping[str, Callable[..., Any]]
     parameters: tuple[int, int]
     tokenizer: PreTrainedTokenizerBase | None
+    notes: list[str]
 
 
 def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task | None = None) -> Plan:
@@ -57,11 +58,15 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     task = task or read_task(config)
     functions = {**registered_here(config), **functions}
     check_components(config, functions, task)
-    if needs_base(config) or "supervised" in config.evaluation.controls:
+    imitates = needs_base(config) or "supervised" in config.evaluation.controls
+    if imitates:
         task.training_texts(config.warm_start.target)
+    model = without_weights(config.policy)
+    notes: list[str] = []
     if tokenizer is not None:
         task.tokenize(tokenizer, policy_class(config.policy).continues)
-    return Plan(config, task, functions, _parameters(config), tokenizer)
+        notes = [*check_fit(config, model, tokenizer, task, imitates), *saving_notes(model, str(config.policy.model))]
+    return Plan(config, task, functions, _parameters(config.policy, model), tokenizer, notes)
 
 
 def check_algorithm(config: RunConfig) -> None:
@@ -147,33 +152,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(
-            f"policy.model {model!r}: its tokenizer cannot be loaded: {_first_line(error)}; "
+            f"policy.model {model!r}: its tokenizer cannot be loaded: {first_line(error)}; "
             "tokenizer.json and tokenizer_config.json belong to the model"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _parameters(config: RunConfig) -> tuple[int, int]:
-    """All parameters and the trainable ones, from the model's settings alone."""
-    policy, kind = config.policy, policy_class(config.policy)
-    with init_empty_weights():
-        try:
-            model = kind.auto_class.from_config(_architecture(policy))
-        except (OSError, ValueError) as error:
-            raise UserError(f"policy.model {policy.model!r} cannot be loaded: {_first_line(error)}") from None
-    kind.check_model(model)
-    model.tie_weights()  # shared weights count once
+def _parameters(policy: PolicyConfig, model: PreTrainedModel) -> tuple[int, int]:
+    """All parameters and the trainable ones, from the model's shape alone."""
     total = sum(p.numel() for p in model.parameters())
-    return total, sum(p.numel() for p in freeze(model, policy, kind.task_type).parameters() if p.requires_grad)
-
-
-def _architecture(policy: PolicyConfig) -> PreTrainedConfig:
-    if policy.model is None:
-        return scratch_settings(policy.scratch, policy.scratch.vocab_size, 0)
-    return AutoConfig.from_pretrained(policy.model)
+    frozen = freeze(model, policy, policy_class(policy).task_type)
+    return total, sum(p.numel() for p in frozen.parameters() if p.requires_grad)
 
 
 def describe(plan: Plan) -> list[str]:
@@ -196,6 +184,7 @@ def describe(plan: Plan) -> list[str]:
         f"{config.algorithm.name}, lr {config.learner.lr:g}",
         *(f"actor      {line}" for line in _actors(config)),
         f"memory     about {memory_estimate(config, plan.parameters) / GIB:.1f} GiB in all processes, Ray's own aside",
+        *(f"note       {note}" for note in plan.notes),
     ]
     return lines
 
@@ -242,7 +231,7 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
     copied = algorithm.kl.coef > 0 and (config.policy.trainable != "lora" or algorithm.reference.refresh_every)
     reference = trainable * 4 * learners if copied else 0
     optimizer = 8 if config.learner.optimizer == "adamw" else 4 * (config.learner.momentum > 0)
-    settings = _architecture(config.policy)
+    settings = architecture(config.policy)
     width, depth = settings.hidden_size, settings.num_hidden_layers
     tokens = min(
         config.learner.tokens_per_microbatch,

@@ -89,7 +89,7 @@ def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[
                     policy, examples, warm, config.trainer.seed, steps=steps, whole_text=whole, progress=report
                 )
         ready = Path(scratch) / "ready"
-        policy.save_pretrained(ready)
+        policy.save_pretrained(ready, torch.float32)  # reinforcement learning goes on from the very weights
         # Another run may have finished the same base meanwhile; both are the same.
         if folder.exists():
             return

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
+from rl_llm.policies.folder import DTYPES, first_not_finite, in_dtype, savable, stored_dtype
 from rl_llm.policies.memory import keep_freed_memory
 from rl_llm.policies.packing import PackedRow
 from rl_llm.policies.sampling import SamplingParams
@@ -79,6 +80,7 @@ class Policy(ABC):
     Attributes:
         model: the model as saved and loaded by `transformers` (or its `peft` wrapper with trainable="lora").
         trainable: parameters that learn, in a fixed order, under the names that the saved folder has them by.
+        save_dtype: of the weights in a saved folder.
     """
 
     auto_class: ClassVar[Any]
@@ -101,12 +103,19 @@ class Policy(ABC):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model: PreTrainedModel = self.auto_class.from_pretrained(str(folder), dtype=torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
+            # A base that was made of the model says nothing of how that is stored.
+            self.save_dtype = DTYPES.get(config.save_dtype) or stored_dtype(config.model or folder)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"policy.model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         self.check_tokenizer(self.tokenizer, str(folder))
         self.check_model(model)
         self.prepare(model)
         model.to(self.device).eval()
+        broken = first_not_finite(model.named_parameters())
+        if broken is not None:
+            raise UserError(f"policy.model {str(folder)!r}: the weight {broken} holds NaN or infinite values")
+        if model.can_generate():
+            model.generation_config, _ = savable(model.generation_config)
         self.model = freeze(model, config, self.task_type)
         self.trainable = trainable_parameters(self.model)
         if config.gradient_checkpointing:
@@ -232,13 +241,17 @@ class Policy(ABC):
                     raise ValueError(f"the weight {name} {list(tensor.shape)} fits none that trains here")
                 p.copy_(tensor)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Leave a folder that `transformers` loads; an adapter is merged into the weights."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Leave a folder that `transformers` loads; an adapter is merged into the weights.
+
+        Args:
+            dtype: of its weights; None: as `policy.save_dtype` says.
+        """
         model: Any = self.model
         if self.config.trainable == "lora":
             # Merging in place and taking it out again would change the weights by a rounding.
             model = copy.deepcopy(model).merge_and_unload()
-        model.save_pretrained(str(folder))
+        in_dtype(model, dtype or self.save_dtype).save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
 

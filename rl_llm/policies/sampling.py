@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rl_llm import rng
 from rl_llm.config import RolloutConfig
+from rl_llm.errors import RunFailed
 
 _BLOCK = 256
 
@@ -66,11 +67,20 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, banned: list[i
         uniform: float64 [R] in [0, 1); not read where greedy.
         params: temperature, top_p, top_k.
         banned: tokens that may not be chosen now (the ends, before the minimum length).
+
+    Raises:
+        RunFailed: a row has NaN or an infinite logit; tokens that no model wrote would follow.
     """
     logits = logits.float()
     if params.temperature > 0:
         logits /= params.temperature
-    weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
+    highest = logits.amax(dim=1, keepdim=True)
+    if not highest.isfinite().all():
+        raise RunFailed(
+            "the policy's logits are NaN or infinite: its weights are, or it overflows in the precision it runs in; "
+            "try policy.precision=fp32 or another model"
+        )
+    weights = (logits - highest).exp_()
     kept_weights = _truncate(weights, params, banned)
     blocks = _block_sums(kept_weights)
     if params.temperature > 0:

@@ -1,0 +1,133 @@
+"""Whether a model fits its task: the tokens it reads, how far it counts, and weights that are numbers."""
+
+from pathlib import Path
+
+import pyarrow.compute as pc
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rl_llm.config import PolicyConfig, RunConfig
+from rl_llm.errors import UserError
+from rl_llm.policies import policy_class
+from rl_llm.policies.folder import first_not_finite, generation_settings, savable, stored_weights, weight_files
+from rl_llm.policies.scratch import scratch_settings
+from rl_llm.tasks import Task
+
+# Bytes of weights that are read for a look before a start. Larger ones are looked at where they are loaded anyway.
+LOOKED_AT = 16 * 2**30
+
+
+def architecture(policy: PolicyConfig) -> PreTrainedConfig:
+    """The settings of the policy's model, given or to be built."""
+    if policy.model is None:
+        return scratch_settings(policy.scratch, policy.scratch.vocab_size, 0)
+    return AutoConfig.from_pretrained(policy.model)
+
+
+def without_weights(policy: PolicyConfig) -> PreTrainedModel:
+    """The policy's model as an empty shape. Raises `UserError` where its kind cannot use it."""
+    kind = policy_class(policy)
+    with init_empty_weights():
+        try:
+            model: PreTrainedModel = kind.auto_class.from_config(architecture(policy))
+        except (OSError, ValueError) as error:
+            raise UserError(f"policy.model {policy.model!r} cannot be loaded: {first_line(error)}") from None
+    kind.check_model(model)
+    model.tie_weights()  # shared weights count once
+    return model
+
+
+def check_fit(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, imitates: bool
+) -> list[str]:
+    """What is worth a note of a given model on a task with tokens.
+
+    Args:
+        imitates: whether targets of `warm_start.target` are read too.
+
+    Raises:
+        UserError: tokens without an embedding, more positions than the model has, weights that are no numbers.
+    """
+    targets = [text for _, texts in task.training_texts(config.warm_start.target) for text in texts] if imitates else []
+    _check_tokens(config.policy, model, tokenizer, task, targets)
+    notes = _check_positions(config, model, task, imitates)
+    _check_weights(config.policy, model)
+    return notes
+
+
+def saving_notes(model: PreTrainedModel, name: str) -> list[str]:
+    """What the saved model will have other than the given one of this name. Raises `UserError` as loading it would."""
+    if not model.can_generate():
+        return []
+    try:
+        _, changed = savable(generation_settings(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.model {name!r} cannot be loaded: {first_line(error)}") from None
+    return [changed] if changed else []
+
+
+def _check_tokens(
+    policy: PolicyConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, targets: list[str]
+) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+
+    def refuse(token: int, where: str) -> None:
+        if token >= rows:
+            raise UserError(
+                f"policy.model {policy.model}: {where} its tokenizer has token {token}, {tokenizer.decode([token])!r}, "
+                f"but its embedding has {rows} rows; take the tokenizer that belongs to it, or resize the embedding"
+            )
+
+    for table in task.splits.values():
+        for prompt_id, ids in zip(table["prompt_id"].to_pylist(), table["prompt_ids"].to_pylist(), strict=True):
+            refuse(max(ids), f"in the prompt of {task.name}:{task.lines[prompt_id]}")
+    for ids in tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []:
+        refuse(max(ids, default=0), "in a target")
+    if tokenizer.eos_token_id is not None:
+        refuse(tokenizer.eos_token_id, "to end with")
+
+
+def _check_positions(config: RunConfig, model: PreTrainedModel, task: Task, imitates: bool) -> list[str]:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return []
+    longest = max(pc.max(pc.list_value_length(table["prompt_ids"])).as_py() for table in task.splits.values())
+    new, key = config.rollout.max_new_tokens, "rollout.max_new_tokens"
+    if imitates and config.warm_start.max_target_tokens > new:
+        new, key = config.warm_start.max_target_tokens, "warm_start.max_target_tokens"
+    if longest + new <= limit:
+        return []
+    problem = f"prompts of up to {longest} tokens and {key} {new} are more than the {limit} positions the model has"
+    if _learned_positions(model, limit):
+        raise UserError(f"{problem} learned; lower {key} or task.max_prompt_tokens")
+    return [f"{problem} been made for; what it writes beyond them may be poor"]
+
+
+def _learned_positions(model: PreTrainedModel, limit: int) -> bool:
+    """Whether positions are rows of a table, which has one for each and sometimes a few in front."""
+    tokens = model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    return any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+
+
+def _check_weights(policy: PolicyConfig, model: PreTrainedModel) -> None:
+    folder = Path(str(policy.model))
+    if sum(file.stat().st_size for file in weight_files(folder) if file.is_file()) > LOOKED_AT:
+        return
+    # Buffers, such as masks, may be infinite.
+    names = {name for name, _ in model.named_parameters()}
+    names |= {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+    try:
+        broken = first_not_finite((name, weight) for name, weight in stored_weights(folder) if name in names)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"policy.model {policy.model!r} cannot be loaded: {first_line(error)}") from None
+    if broken is not None:
+        raise UserError(f"policy.model {policy.model!r}: the weight {broken} holds NaN or infinite values")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
