@@ -13,7 +13,14 @@ import tiny
 import torch
 from conftest import Tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    GenerationConfig,
+)
 
 from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import RunFailed, UserError
@@ -99,6 +106,19 @@ def test_more_positions_than_a_model_has_learned_are_refused(tiny_run: Tiny, tmp
     warm = {"supervised_steps": 1, "target": "colour"}
     with pytest.raises(UserError, match=r"warm_start\.max_target_tokens 128 .* lower warm_start\.max_target_tokens"):
         make_plan(run_of(folder, tiny_run, rollout={"max_new_tokens": fits}, warm_start=warm), {})
+
+
+def test_a_policy_that_writes_nothing_behind_its_prompt_needs_no_positions_there(model: Path, tiny_run: Tiny) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
+    policy = {"type": "two_labels:TwoLabels", "model": str(model)}
+    for positions in (16, 3):
+        bert = BertConfig(**shape, max_position_embeddings=positions)
+        AutoModelForSequenceClassification.from_config(bert).save_pretrained(model)
+        config = run_of(model, tiny_run, policy=policy, rollout={"max_new_tokens": 32})
+        if positions == 16:
+            assert make_plan(config, {}).notes == []
+    with pytest.raises(UserError, match=r"more than the 3 positions .* learned; lower task\.max_prompt_tokens$"):
+        make_plan(config, {})
 
 
 def test_positions_that_turn_may_go_on_with_a_note(model: Path, tiny_run: Tiny) -> None:

@@ -96,14 +96,18 @@ def _check_positions(config: RunConfig, model: PreTrainedModel, task: Task, imit
     if limit is None:
         return []
     longest = max(pc.max(pc.list_value_length(table["prompt_ids"])).as_py() for table in task.splits.values())
-    new, key = config.rollout.max_new_tokens, "rollout.max_new_tokens"
-    if imitates and config.warm_start.max_target_tokens > new:
-        new, key = config.warm_start.max_target_tokens, "warm_start.max_target_tokens"
+    written = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    if imitates:
+        written["warm_start.max_target_tokens"] = config.warm_start.max_target_tokens
+    if not policy_class(config.policy).continues:
+        written = {"task.max_prompt_tokens": 0}  # what it answers has no position behind the prompt
+    key, new = max(written.items(), key=lambda item: item[1])
     if longest + new <= limit:
         return []
-    problem = f"prompts of up to {longest} tokens and {key} {new} are more than the {limit} positions the model has"
+    behind = f" and {key} {new}" if new else ""
+    problem = f"prompts of up to {longest} tokens{behind} are more than the {limit} positions the model has"
     if _learned_positions(model, limit):
-        raise UserError(f"{problem} learned; lower {key} or task.max_prompt_tokens")
+        raise UserError(f"{problem} learned; lower {' or '.join(dict.fromkeys((key, 'task.max_prompt_tokens')))}")
     return [f"{problem} been made for; what it writes beyond them may be poor"]
 
 
