@@ -1,5 +1,6 @@
 """Using a trained policy: metrics on held-out prompts, completions for a file, scores for completions."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, count
