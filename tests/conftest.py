@@ -1,8 +1,9 @@
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -57,3 +58,51 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     made = Tiny(tiny.build_policy(folder), tiny.write_task(folder / "task.jsonl"), folder / "undisturbed")
     tiny.train(made.config(), made.undisturbed)
     return made
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_run: Tiny
+) -> Command:
+    """Runs `rl-llm` with arguments in a folder that has a config, `own.yaml`, with its `task.jsonl` and `model`."""
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "task.jsonl").write_bytes(tiny_run.data.read_bytes())
+    (tmp_path / "model").symlink_to(tiny_run.policy)
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump(tiny_run.config(task={"data": "task.jsonl"}).model_dump(mode="json"))
+    )
+
+    def run(*arguments: object) -> Said:
+        from rl_llm import cli
+
+        monkeypatch.setattr(sys, "argv", ["rl-llm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Said(int(caught.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def refused(command: Command, *arguments: object) -> str:
+    """The one or two lines with which a command is refused before anything has started."""
+    before = sorted(Path().rglob("*"))
+    said = command(*arguments)
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) <= 2
+    assert "Traceback" not in said.err
+    assert sorted(Path().rglob("*")) == before
+    return said.err
