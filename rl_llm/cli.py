@@ -46,20 +46,23 @@ def train(
     from rl_llm.config import load_config
 
     config = load_config(source, overrides or [])
+    if resume and output is None:
+        raise UserError("--resume needs --output, the directory of the run to go on with")
     if dry_run:
         from rl_llm.launch.preflight import describe, make_plan
+        from rl_llm.launch.resume import find_checkpoint
         from rl_llm.runs.trackers import sinks
         from rl_llm.tasks import describe_bad_rows
 
         sinks(config.logging)
         plan = make_plan(config, {})
+        if output is not None:
+            find_checkpoint(plan, output, resume)
         print(config.to_yaml())
         print("\n".join(describe(plan)))
         if plan.task.bad_rows:
             print(describe_bad_rows(plan.task.bad_rows))
         return
-    if resume and output is None:
-        raise UserError("--resume needs --output, the directory of the run to go on with")
     from rl_llm.errors import Interrupted
     from rl_llm.launch.training import run_training
 

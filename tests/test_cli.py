@@ -104,10 +104,11 @@ def test_output_with_something_else_in_it_is_left_alone(command: Command, tiny_r
     assert "exists and is no run directory" in refused(command, "train", "own.yaml", "--output", "own.yaml")
 
 
-def test_resuming_with_another_config_names_the_difference(command: Command, tiny_run: Tiny) -> None:
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_resuming_with_another_config_names_the_difference(command: Command, tiny_run: Tiny, dry: list[str]) -> None:
     error = refused(
         command, "train", "own.yaml", f"task.data={tiny_run.data}", "learner.lr=1e-4", "--resume", "--output",
-        tiny_run.undisturbed,
+        tiny_run.undisturbed, *dry,
     )  # fmt: skip
     assert "learner.lr: 0.01 -> 0.0001" in error
     assert "rollout" not in error

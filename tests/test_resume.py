@@ -1,6 +1,7 @@
 """A run that was stopped, however that happened, goes on as if it had not been."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import tiny
 from conftest import Tiny
 
+from rl_llm.config import load_config
 from rl_llm.errors import UserError
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.jsonl import read_jsonl
@@ -188,6 +190,74 @@ def test_resume_with_another_config_is_refused_by_key(tiny_run: Tiny, tmp_path: 
     with pytest.raises(UserError, match="--resume"):
         tiny.train(tiny_run.config(), path)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_resume_from_anything_else_than_the_run_was_made_from_is_refused(tiny_run: Tiny, tmp_path: Path) -> None:
+    data, model = tmp_path / "task.jsonl", tmp_path / "model"
+    data.write_bytes(tiny_run.data.read_bytes())
+    shutil.copytree(tiny_run.policy, model)
+    path = stopped(Tiny(model, data, path := tmp_path / "run"), path)
+
+    def refused(config: Any, message: str) -> None:
+        files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        with pytest.raises(UserError, match=message):
+            tiny.train(config, path, resume=True)
+        assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == files
+
+    def refused_with(file: Path, old: bytes, new: bytes, message: str) -> None:
+        content = file.read_bytes()
+        assert content.count(old) >= 1
+        file.write_bytes(content.replace(old, new, 1))
+        refused(tiny.config(model, data), message)
+        file.write_bytes(content)
+
+    # The run's own config, edited in place and given again, as the file invites to.
+    (path / "config.yaml").write_text(Run(path).config.to_yaml().replace("lr: 0.01", "lr: 0.02"))
+    refused(load_config(path / "config.yaml"), r"learner\.lr: 0\.01 -> 0\.02")
+    refused_with(data, b'"3 now gold"', b'"3 now blue"', f"the rows of {data} are others")
+    weights = (model / "model.safetensors").read_bytes()[-9:]
+    refused_with(model / "model.safetensors", weights, bytes(9), f"the model {model} has another model.safetensors")
+    refused_with(model / "tokenizer_config.json", b"{", b"{ ", "has another tokenizer_config.json")
+
+    data.touch()
+    (model / "README.md").write_text("of no consequence")
+    tiny.train(tiny.config(model, data), path, resume=True)
+    tiny.assert_same_run(path, tiny_run.undisturbed)
+
+
+def test_changed_code_of_a_reward_is_said_and_stays_visible(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "shifting_reward.py"
+    code.write_text("def score(completions, **columns):\n    return [1.0 for _ in completions]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    components = {"match": {"use": "tiny_rewards:match"}, "shifting": {"use": "shifting_reward:score"}}
+    config = tiny_run.config(rewards={"components": components})
+    with pytest.raises(PulledPlug):
+        tiny.train(config, tmp_path / "run", PullPlug(3))
+    assert "has changed" not in capsys.readouterr().out
+    code.write_text(code.read_text().replace("1.0", "2.0"))
+    monkeypatch.delitem(sys.modules, "shifting_reward")
+    run = tiny.train(config, tmp_path / "run", resume=True)
+    assert "the code of the reward shifting has changed since step-000002" in capsys.readouterr().out
+    assert run.metrics["reward/shifting/mean"].tolist() == [1, 1, 2, 2, 2, 2]
+    assert [line.get("code_changes/shifting") for line in tiny.metrics(run.path)] == [None, None, 1, 1, 1, 1]
+    assert "code_changes/match" not in run.metrics
+    assert "The code of the reward shifting changed before step 3." in (run.path / "report.html").read_text()
+    tiny.train(tiny_run.config(rewards={"components": components}, trainer={"steps": 7}), run.path, resume=True)
+    assert tiny.metrics(run.path)[6]["code_changes/shifting"] == 1  # nothing has changed since
+
+
+def test_warm_started_model_that_is_another_one_is_refused_where_weights_of_it_stay(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RL_LLM_CACHE", str(tmp_path / "cache"))
+    sections = {"warm_start": {"supervised_steps": 1, "target": "colour"}, "algorithm": {"kl": {"coef": 0.1}}}
+    path = stopped(tiny_run, tmp_path / "run", step=1, **sections)
+    [weights] = (tmp_path / "cache").rglob("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(UserError, match=f"model.safetensors of the warm-started model {weights.parent}"):
+        tiny.train(tiny_run.config(**sections), path, resume=True)
 
 
 def test_resume_with_a_broken_record_is_refused_before_anything_starts(tiny_run: Tiny, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_what_is_configured_anew_goes_before_what_was_live(tiny_run: Tiny, tmp_p
     def third(**sections: Any) -> dict[str, Any]:
         config = tiny_run.config(**{"algorithm": {"kl": kl}, **sections})
         with opened(config, tmp_path / "other", checkpoint=checkpoint) as trainer:
-            assert trainer.state.configured["learning_rate"] == config.learner.lr
+            assert trainer.state.config["learner"]["lr"] == config.learner.lr
             return trainer.step()
 
     live = third()

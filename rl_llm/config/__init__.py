@@ -108,8 +108,12 @@ class RunConfig(Section):
         """Every component an evaluation measures: those that train and those that do not."""
         return {**self.rewards.components, **self.evaluation.metrics}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, of which `build_config` makes the same config again."""
+        return self.model_dump(mode="json", by_alias=True)
+
     def to_yaml(self) -> str:
-        return write_yaml(self.model_dump(mode="json", by_alias=True))
+        return write_yaml(self.to_dict())
 
 
 VERSIONS = "versions"

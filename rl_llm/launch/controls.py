@@ -6,7 +6,7 @@ from rl_llm.config import RunConfig, build_config
 def constant_reward(config: RunConfig, utility: dict[str, float]) -> RunConfig:
     """The same run with nothing to learn from: a constant reward, measured by the same metrics and utility."""
     measured = {name: component.model_copy(update={"gate": None}) for name, component in config.measured.items()}
-    raw = config.model_dump(mode="json", by_alias=True)
+    raw = config.to_dict()
     raw["rewards"] |= {"components": {"constant_control": {"use": "constant"}}, "weights": {}}
     raw["evaluation"] |= {
         "metrics": {name: component.model_dump(mode="json") for name, component in measured.items()},

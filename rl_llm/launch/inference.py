@@ -50,7 +50,7 @@ def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfi
         UserError: settings that do not fit, or no such model.
     """
     run = Run(model) if (Path(model) / "config.yaml").is_file() else None
-    raw = run.config.model_dump(mode="json", by_alias=True) if run else read_config(source) if source else {}
+    raw = run.config.to_dict() if run else read_config(source) if source else {}
     raw.setdefault("rewards", {"components": ["constant"]})
     policy = raw.get("policy", {})
     kept = {key: policy[key] for key in ("type", "precision") if key in policy}

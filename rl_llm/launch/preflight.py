@@ -11,6 +11,7 @@ from rl_llm.algorithms import build_algorithm
 from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import UserError
 from rl_llm.launch.fit import architecture, check_fit, first_line, saving_notes, without_weights
+from rl_llm.launch.origin import origin_of
 from rl_llm.launch.warm_start import needs_base
 from rl_llm.policies import policy_class
 from rl_llm.policies.base import freeze
@@ -18,6 +19,7 @@ from rl_llm.rewards import Component, known
 from rl_llm.rollout.engines import engine_maker
 from rl_llm.runs.text import short
 from rl_llm.tasks import Task, load_task
+from rl_llm.trainer.state import Origin
 
 GIB = 2**30
 
@@ -36,6 +38,7 @@ class Plan:
         parameters: of the policy, all of them and the trainable ones.
         tokenizer: the model's; None for one that is built with it.
         notes: what is no reason not to start, and good to know.
+        origin: what the run is made from.
     """
 
     config: RunConfig
@@ -44,6 +47,7 @@ class Plan:
     parameters: tuple[int, int]
     tokenizer: PreTrainedTokenizerBase | None
     notes: list[str]
+    origin: Origin
 
 
 def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task | None = None) -> Plan:
@@ -63,10 +67,11 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
         task.training_texts(config.warm_start.target)
     model = without_weights(config.policy)
     notes: list[str] = []
+    origin = origin_of(config, task, functions)  # of all rows, whichever will be too long
     if tokenizer is not None:
         task.tokenize(tokenizer, policy_class(config.policy).continues)
         notes = [*check_fit(config, model, tokenizer, task, imitates), *saving_notes(model, str(config.policy.model))]
-    return Plan(config, task, functions, _parameters(config.policy, model), tokenizer, notes)
+    return Plan(config, task, functions, _parameters(config.policy, model), tokenizer, notes, origin)
 
 
 def check_algorithm(config: RunConfig) -> None:

@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 from rl_llm.config import VERSIONS, RunConfig
 from rl_llm.errors import Interrupted, RunFailed
 from rl_llm.launch.controls import constant_reward
+from rl_llm.launch.origin import model_digests
 from rl_llm.launch.preflight import Plan, describe, load_tokenizer, make_plan
-from rl_llm.launch.resume import complete, open_directory
+from rl_llm.launch.resume import complete, open_directory, refuse_other_base
 from rl_llm.launch.signals import stop_between_steps, terminable
-from rl_llm.launch.warm_start import ensure_base
+from rl_llm.launch.warm_start import ensure_base, needs_base
 from rl_llm.policies import policy_class
 from rl_llm.process import absolute
 from rl_llm.runs.callbacks import Callback, Callbacks
@@ -64,7 +65,7 @@ def run_training(
     # The record is written before anybody is told.
     followers = Callbacks([RunWriter(), console, *sinks(config.logging), *callbacks])
     plan = make_plan(config, functions or {}, task)
-    checkpoint = open_directory(config, path, resume, followers.message)
+    checkpoint = open_directory(plan, path, resume, followers.message)
     if resume and complete(path, config, checkpoint):
         followers.message(f"{path} is complete already")
         return Run(path)
@@ -80,6 +81,10 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
     for line in describe(plan):
         followers.message(line)
     base = ensure_base(config, plan.task, followers.message)
+    if needs_base(config) and (config.policy.trainable != "all" or config.algorithm.kl.coef):
+        plan.origin.base = model_digests(base)
+        if checkpoint is not None:
+            refuse_other_base(path, base, checkpoint, plan.origin)
     if config.policy.model is None:
         plan.task.tokenize(load_tokenizer(base), policy_class(config.policy).continues)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
@@ -91,6 +96,7 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         functions=plan.functions,
         callbacks=followers.members,
         checkpoint=checkpoint,
+        origin=plan.origin,
     )
     with opened as trainer:
         _write_config(config, path)

@@ -31,6 +31,9 @@ SPLITS = ("train", "tune", "test")
 BUILTIN = "builtin:"
 DEFAULT_ROWS = 6000
 
+# Held at once as Python's own values, which take many times the room of a table.
+DIGESTED_ROWS = 10_000
+
 # Arguments of a reward function that mean the policy's own output; data under these names needs another one.
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -88,6 +91,16 @@ class Task:
                     f"mend the rows or raise task.max_prompt_tokens ({self.config.max_prompt_tokens})"
                 )
         self.splits, self.bad_rows = splits, bad_rows
+
+    def digest(self) -> str:
+        """Of the rows on each side: their places, prompts and fields. Tokens are left out."""
+        digest = hashlib.blake2b(digest_size=16)
+        for side, table in self.splits.items():
+            for name in ("prompt_id", "prompt", *sorted(FIELD + name for name in self.fields)):
+                for start in range(0, table.num_rows, DIGESTED_ROWS):
+                    values = table[name].slice(start, DIGESTED_ROWS).to_pylist()
+                    digest.update(json.dumps([side, name, values], sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
 
     def training_texts(self, target: str) -> list[tuple[str, list[str]]]:
         """`(prompt, targets)` of each train row that has a target, for training a tokenizer or a warm start.

@@ -1,17 +1,49 @@
 """All that a checkpoint holds of the driver; what the learners hold lies beside it."""
 
+import copy
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rl_llm.algorithms import build_algorithm
-from rl_llm.config import RunConfig, value_at
+from rl_llm.config import RunConfig, build_config, value_at
 from rl_llm.errors import UserError
 from rl_llm.trainer.evaluation import Progress, Utility
 
 STATE = "state.json"
+
+
+@dataclass
+class Origin:
+    """What a run is made from beside its config, as digests; empty where nobody has taken them. Plain JSON.
+
+    Attributes:
+        rows: of the task's rows.
+        model: of each file of the model that the config names.
+        base: of each file of the warm-started model, where some of its weights never change or the KL refers to it.
+        code: of each component.
+        changed: by component, how often its code was another one when the run went on.
+    """
+
+    rows: str = ""
+    model: dict[str, str] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+
+    def other_code(self, earlier: "Origin") -> list[str]:
+        """Components whose code is another one than it was in an earlier origin of the run."""
+        both = self.code.keys() & earlier.code.keys()
+        return sorted(name for name in both if self.code[name] != earlier.code[name])
+
+    def going_on(self, earlier: "Origin") -> "Origin":
+        """This origin of a run that had an earlier one: what has changed is counted."""
+        changed = dict(earlier.changed)
+        for name in self.other_code(earlier):
+            changed[name] = changed.get(name, 0) + 1
+        return replace(self, changed=changed)
 
 
 @dataclass
@@ -28,8 +60,9 @@ class TrainerState:
         learning_rate: the peak of its schedule.
         utility: weights and base statistics.
         progress: the best validation so far.
-        configured: the config's own values of what may be changed while a run goes on. One that is configured
-            otherwise on going on has been given anew, and goes before the live one.
+        config: as `RunConfig.to_dict` gives it. What is configured otherwise on going on has been given anew, and goes
+            before what was live.
+        origin: what the run is made from beside it.
     """
 
     steps: int = 0
@@ -41,15 +74,17 @@ class TrainerState:
     learning_rate: float = 0.0
     utility: Utility = field(default_factory=lambda: Utility({}, {}))
     progress: Progress = field(default_factory=Progress)
-    configured: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     @classmethod
-    def of(cls, config: RunConfig) -> "TrainerState":
+    def of(cls, config: RunConfig, origin: Origin) -> "TrainerState":
         """The state at the beginning of a run."""
         return cls(
             learning_rate=config.learner.lr,
             utility=Utility(utility_weights(config), {}),
-            configured=configured(config),
+            config=config.to_dict(),
+            origin=origin,
         )
 
     def change_utility(self, weights: dict[str, float]) -> None:
@@ -73,12 +108,17 @@ class TrainerState:
                 f"{folder} was made by another version of rl-llm, which alone can go on from it; "
                 "begin anew in another --output"
             )
-        return cls(**{**raw, "utility": Utility(**raw["utility"]), "progress": Progress(**raw["progress"])})
+        kinds = {"utility": Utility, "progress": Progress, "origin": Origin}
+        return cls(**{**raw, **{name: kind(**raw[name]) for name, kind in kinds.items()}})
+
+    def run_config(self) -> RunConfig:
+        """The config of the run that saved it."""
+        return build_config(copy.deepcopy(self.config), where="the checkpoint's config")
 
 
 def configured(config: RunConfig) -> dict[str, Any]:
     """The config's values of what a run keeps live beside it, as plain JSON."""
-    raw = config.model_dump(mode="json")
+    raw = config.to_dict()
     algorithm = build_algorithm(config.algorithm)
     return {
         "weights": raw["rewards"]["weights"],

@@ -27,7 +27,7 @@ from rl_llm.tasks.source import PromptSource, held_out
 from rl_llm.trainer.collector import Rollouts
 from rl_llm.trainer.evaluation import Evaluation, Evaluator, Progress
 from rl_llm.trainer.sampler import MakeSampler, Synchronous
-from rl_llm.trainer.state import TrainerState, configured, utility_weights
+from rl_llm.trainer.state import Origin, TrainerState, configured, utility_weights
 from rl_llm.trainer.workers import Functions, Workers
 
 SUPERVISED_VERSION = -1
@@ -60,11 +60,12 @@ class Trainer:
         workers: Workers,
         callbacks: Sequence[Callback],
         sampler: MakeSampler,
+        origin: Origin,
     ) -> None:
         self.workers, self.learner = workers, workers.learner
         self.callbacks = Callbacks(callbacks)
         self._make_sampler = sampler
-        self._begin_with(config, path, task)
+        self._begin_with(config, path, task, origin)
 
     @classmethod
     @contextmanager
@@ -80,6 +81,7 @@ class Trainer:
         checkpoint: Path | None = None,
         sampler: MakeSampler = Synchronous,
         parallel: MakeParallel = DataParallel,
+        origin: Origin | None = None,
     ) -> Iterator["Trainer"]:
         """A trainer with its workers started and the first weights published; both end with the context.
 
@@ -91,11 +93,12 @@ class Trainer:
             checkpoint: to go on from; None begins anew.
             sampler: makes what gives each step its rollouts.
             parallel: makes how several learners go together.
+            origin: what the run is made from, to be kept in its checkpoints.
         """
         functions = functions or {}
         workers = Workers(config, base, config.measured, functions, parallel=parallel)
         try:
-            trainer = cls(config, path, task, workers, callbacks, sampler)
+            trainer = cls(config, path, task, workers, callbacks, sampler, origin or Origin())
             trainer.learner.see(trainer.path)
             if checkpoint is None:
                 trainer._publish()
@@ -105,12 +108,12 @@ class Trainer:
         finally:
             workers.close()
 
-    def _begin_with(self, config: RunConfig, path: Path, task: Task) -> None:
+    def _begin_with(self, config: RunConfig, path: Path, task: Task, origin: Origin) -> None:
         """Everything that is of one run, as at its beginning."""
         # Learners in other processes write here too, from wherever they run.
         self.config, self.path, self.task = config, path.absolute(), task
         self.algorithm = build_algorithm(config.algorithm)
-        self.state = TrainerState.of(config)
+        self.state = TrainerState.of(config, origin)
         self.mixture = Mixture(config.rewards)
         self.learning_rate = Schedule.of(config.learner, config.trainer.steps)
         self.prompts = PromptSource(task.splits["train"], config.trainer.seed)
@@ -126,18 +129,26 @@ class Trainer:
         self._saved: int | None = None
         self._clock_start, self._seconds_before = time.monotonic(), 0.0
 
-    def reset(self, config: RunConfig, path: Path, task: Task, base: str, functions: Functions | None = None) -> None:
+    def reset(
+        self,
+        config: RunConfig,
+        path: Path,
+        task: Task,
+        base: str,
+        functions: Functions | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         """Begin another run, on these workers; it is the run that a fresh process would make.
 
         Args:
-            functions: as for `open`.
+            functions, origin: as for `open`.
 
         Raises:
             UserError: the config asks for other resources.
         """
         self.workers.reset(config, base, config.measured, functions or {})
         self.learner = self.workers.learner
-        self._begin_with(config, path, task)
+        self._begin_with(config, path, task, origin or Origin())
         self.learner.see(self.path)
         self._publish()
 
@@ -196,6 +207,7 @@ class Trainer:
             "temperature": value_at(self.config.rollout.temperature, step),
             **_describe(rollouts, resolved, mixed),
             **update,
+            **{f"code_changes/{name}": count for name, count in self.state.origin.changed.items()},
             **_timed(rollouts, clock),
         }
 
@@ -293,7 +305,7 @@ class Trainer:
             UserError: it is of another version, or of another kind of policy, learner or mixture; nothing has changed.
         """
         state, config = TrainerState.load(folder), self.config
-        now, then = configured(config), state.configured
+        now, then = configured(config), configured(state.run_config())
         if now["made_of"] != then["made_of"]:
             raise UserError(f"{folder} is of a run made of {then['made_of']}, and this one is made of {now['made_of']}")
         mixture = Mixture(config.rewards)
@@ -307,7 +319,7 @@ class Trainer:
         self.mixture.load_state_dict(mixture.state_dict())
         given = now["learning_rate"] != then["learning_rate"]
         self.learning_rate.peak = config.learner.lr if given else state.learning_rate
-        state.configured = now
+        state.config, state.origin = self.state.config, self.state.origin.going_on(state.origin)
         self.workers.collector.forget()
         self.learner.load(folder)
         self.state = state

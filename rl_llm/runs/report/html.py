@@ -14,6 +14,7 @@ from rl_llm.runs.results import results_of
 from rl_llm.runs.text import is_number, printable, prompt_text, short
 from rl_llm.values import to_json
 
+CODE_CHANGES = "code_changes/"
 MESSAGE_LIMIT = 600  # characters of a failure's message
 
 
@@ -34,6 +35,7 @@ def page(run: RunFiles) -> str:
     figures: list[dict[str, Any]] = []
     body = [
         header(run),
+        code_changes(run),
         results(run),
         chart_section("Rewards", sections["Rewards"], figures),
         samples(run),
@@ -76,6 +78,17 @@ def header(run: RunFiles) -> str:
     badge = f'<span class="status {text(run.status)}">{text(run.status.replace("_", " "))}</span>'
     empty = "" if len(run.metrics) else '<p class="note">No step has finished.</p>'
     return f"<h1>{text(run.path.resolve().name)} {badge}</h1>{reason}<dl>{shown}</dl>{empty}"
+
+
+def code_changes(run: RunFiles) -> str:
+    """Which rewards went on with other code than they began with, and since when."""
+    notes = []
+    for name in (column for column in run.metrics if column.startswith(CODE_CHANGES)):
+        counts = run.metrics[["step", name]].dropna().drop_duplicates(name)
+        steps = ", ".join(str(int(step)) for step in counts["step"])
+        component = name.removeprefix(CODE_CHANGES)
+        notes.append(f'<p class="reason">The code of the reward {text(component)} changed before step {steps}.</p>')
+    return "".join(notes)
 
 
 def mixture_formula(run: RunFiles) -> str:
