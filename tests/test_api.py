@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 
 async def slow_match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
     await asyncio.sleep(0)
-    return tiny_rewards.match(completions, colour)
+    return tiny_rewards.match(completions, colour, **columns)
 
 
 def test_a_notebook_cell_trains_with_an_async_reward_on_rows_at_hand(tiny_run: Tiny, tmp_path: Path) -> None:

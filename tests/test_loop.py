@@ -75,6 +75,8 @@ def test_rollout_table_is_what_was_trained_on(tiny_run: Tiny) -> None:
     np.testing.assert_allclose(advantages.sum(axis=1), 0, atol=1e-5)
     line = tiny.metrics(run.path)[2]
     assert line["reward/match/mean"] == pytest.approx(np.mean(table["reward/match"].to_numpy()))
+    assert line["reward/match/extra/words"] == np.mean([len(text.split()) for text in table["completion"].to_pylist()])
+    assert line["reward/match/extra/step"] == 2
     assert line["completion/length"] == np.mean([len(ids) for ids in table["completion_ids"].to_pylist()])
     stopped = np.mean([finish == "stop" for finish in table["finish"].to_pylist()])
     assert 0 < line["completion/stopped"] < 1

@@ -105,7 +105,7 @@ def test_a_run_keeps_its_way_under_a_rude_reward_and_a_rude_caller(
         os.chdir(tmp_path / "elsewhere")
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float16)
-        return tiny_rewards.match(completions, colour)
+        return tiny_rewards.match(completions, colour, **columns)
 
     monkeypatch.chdir(tmp_path)
     torch.set_grad_enabled(False)

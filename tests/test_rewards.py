@@ -297,7 +297,8 @@ def test_only_what_the_signature_accepts_is_passed():
     table = rows(["a"], label=["x"], other=[1])
     component(fn=few).score(table)
     component(fn=rest, args={"limit": 5}).score(table)
-    assert seen == {"few": ["x"], "rest": (["?"], 5, ["completion_ids", "completions", "label", "other"])}
+    others = ["completion_ids", "completions", "label", "log_extra", "log_metric", "other", "trainer_state"]
+    assert seen == {"few": ["x"], "rest": (["?"], 5, others)}
 
 
 def test_a_class_is_built_with_its_arguments_and_set_up_once():

@@ -9,9 +9,19 @@ from typing import Any
 from rl_llm.runs.jsonl import read_jsonl
 
 
-def match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
-    """The share of words that are the colour asked for."""
+def match(
+    completions: list[str],
+    colour: list[str],
+    trainer_state: Any = None,
+    log_extra: Any = None,
+    log_metric: Any = None,
+    **columns: Any,
+) -> list[float]:
+    """The share of words that are the colour asked for; logs how many there are, and the step."""
     found = [text.split() for text in completions]
+    if trainer_state is not None:
+        log_extra("words", [len(words) for words in found])
+        log_metric("step", trainer_state.global_step)
     return [sum(w == c for w in words) / max(len(words), 1) for words, c in zip(found, colour, strict=True)]
 
 
@@ -20,7 +30,7 @@ def match_dying_once(completions: list[str], colour: list[str], *, mark: str, **
     if Path(mark).exists():
         Path(mark).unlink()
         os._exit(1)
-    return match(completions, colour)
+    return match(completions, colour, **columns)
 
 
 def match_held(completions: list[str], colour: list[str], *, run: str, step: int, **columns: Any) -> list[float]:
@@ -31,7 +41,7 @@ def match_held(completions: list[str], colour: list[str], *, run: str, step: int
     if not held.exists() and len(read_jsonl(Path(run) / "metrics.jsonl")) == step - 1:
         held.touch()
         (folder / "go").read_bytes()
-    return match(completions, colour)
+    return match(completions, colour, **columns)
 
 
 def hanging(completions: list[str], prompts: list[str], *, on: str, **columns: Any) -> list[float]:

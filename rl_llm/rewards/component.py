@@ -19,6 +19,7 @@ from rl_llm.columns import values_of
 from rl_llm.config import ComponentConfig
 from rl_llm.errors import RunFailed, UserError, did_you_mean
 from rl_llm.process import Apart
+from rl_llm.rewards.hooks import Log, RunState, as_python
 from rl_llm.rewards.registry import parameters_of, resolve
 from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
 
@@ -43,6 +44,7 @@ class Scores:
         errors: the distinct failure messages, a few of them, the first one first; a batch that failed as a whole
             leaves its message here even where every row succeeded by itself.
         retried: rows of a call that failed, by the status they had, where all of them then succeeded by themselves.
+        logged: sum and count of what the component logged, by name.
     """
 
     values: list[float | None]
@@ -50,6 +52,7 @@ class Scores:
     seconds: float
     errors: list[str]
     retried: dict[int, str] = field(default_factory=dict)
+    logged: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     @classmethod
     def failed(cls, rows: int, status: str, message: str, seconds: float = 0.0) -> "Scores":
@@ -60,8 +63,9 @@ class Scores:
     def merge(cls, parts: Sequence["Scores"]) -> "Scores":
         """The scores of consecutive shards as one."""
         retried: dict[int, str] = {}
-        start = 0
+        start, log = 0, Log()
         for part in parts:
+            log.add(part.logged)
             retried |= {start + row: status for row, status in part.retried.items()}
             start += len(part.values)
         return cls(
@@ -70,6 +74,7 @@ class Scores:
             sum(part.seconds for part in parts),
             _distinct(message for part in parts for message in part.errors),
             retried,
+            log.logged,
         )
 
 
@@ -190,23 +195,26 @@ class Component:
                 raise RunFailed(f"component {self.name!r}: setup() failed with {_describe(error)}") from error
         self._ready = True
 
-    def score(self, table: pa.Table) -> Scores:
-        """Score the rows of a rollout table.
+    def score(self, table: pa.Table, max_steps: int = 0) -> Scores:
+        """Score the rows of a rollout table, of a run of `max_steps`.
 
         Rows whose call raised, returned the wrong count or no finite number are tried again one by one, unless the
         first `GIVE_UP_AFTER` of them all fail again. None is "not applicable" and no failure.
         """
         self.setup()
         start = time.perf_counter()
-        inputs = reward_inputs(table)
-        scores = self._attempt(inputs, table.num_rows)
+        inputs, log = reward_inputs(table), Log()
+        versions = table["policy_version"].to_pylist() if "policy_version" in table.column_names else []
+        state = RunState(max([0, *versions]), max_steps)
+        scores = self._attempt(inputs, table.num_rows, state, log)
         messages = [score.message for score in scores]
         failed = {row: score.status for row, score in enumerate(scores) if score.status in FAILED}
         still_failing = 0
         for tried, row in enumerate(failed if table.num_rows > 1 else []):
             if tried == still_failing == GIVE_UP_AFTER:
                 break
-            (scores[row],) = self._attempt({key: column[row : row + 1] for key, column in inputs.items()}, 1)
+            alone = {key: column[row : row + 1] for key, column in inputs.items()}
+            (scores[row],) = self._attempt(alone, 1, state, log)
             messages.append(scores[row].message)
             still_failing += scores[row].status in FAILED
         return Scores(
@@ -215,16 +223,20 @@ class Component:
             time.perf_counter() - start,
             _distinct(messages),
             {} if any(scores[row].status in FAILED for row in failed) else failed,
+            log.logged,
         )
 
-    def _attempt(self, inputs: dict[str, list[Any]], rows: int) -> list[_Score]:
+    def _attempt(self, inputs: dict[str, list[Any]], rows: int, state: RunState, log: Log) -> list[_Score]:
         if rows == 0:
             return []
+        own = Log()  # what a failed call logs is not kept: its rows are asked again
+        hooks = {"trainer_state": state, "log_extra": own.log_extra, "log_metric": own.log_metric}
         try:
             with self._apart.entered():
-                returned = list(self._call(inputs))
+                returned = list(self._call({**inputs, **hooks}))
             if len(returned) != rows:
                 return [_Score(None, ERROR, f"returned {len(returned)} values for {rows} completions")] * rows
+            log.add(own.logged)
             return [_score_of(value) for value in returned]
         except TimeoutError as error:
             message = _describe(error) if str(error) else f"TimeoutError: no values within {self.config.timeout_s:g} s"
@@ -232,7 +244,7 @@ class Component:
         except Exception as error:
             return [_Score(None, ERROR, _describe(error))] * rows
 
-    def _call(self, inputs: dict[str, list[Any]]) -> Any:
+    def _call(self, inputs: dict[str, Any]) -> Any:
         takes = self._parameters
         named = {*takes.inputs, *takes.columns}
         # A column that happens to share its name with an argument, or with `self`, is not that.
@@ -243,8 +255,7 @@ class Component:
 
 
 def _score_of(value: Any) -> _Score:
-    if getattr(value, "ndim", None) == 0:  # numpy and torch scalars
-        value = value.item()
+    value = as_python(value)
     if value is None:
         return _Score(None, NOT_APPLICABLE)
     if not isinstance(value, numbers.Real):

@@ -5,8 +5,9 @@ A component is a function in batch form with TRL's signature, or a class whose i
     @reward("chrf", range=(0, 1))
     def chrf(completions, reference, *, word_order=0, **columns) -> list[float | None]: ...
 
-It is called with keywords: `prompts`, `completions`, `completion_ids` and the task's columns. Parameters before the `*`
-are filled from those; keyword-only ones (for a class: those of `__init__`) are arguments, filled from the config alone.
+It is called with keywords: `prompts`, `completions`, `completion_ids`, the task's columns, and TRL's `trainer_state`,
+`log_extra` and `log_metric`. Parameters before the `*` are filled from those; keyword-only ones (for a class: those of
+`__init__`) are arguments, filled from the config alone.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.imports import import_function
 
-RESERVED = ("prompts", "completions", "completion_ids")
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 

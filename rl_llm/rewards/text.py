@@ -18,7 +18,9 @@ def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 def text_of(completion: Any) -> str:
     """The text of a completion, which is a string or a list of messages (one that only calls a tool has none)."""
-    return completion if isinstance(completion, str) else "\n".join(message["content"] or "" for message in completion)
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(message.get("content") or "" for message in completion)
 
 
 def against_references(

@@ -136,7 +136,7 @@ class LiveConsole(Console):
 
 def shown_metrics(metrics: dict[str, Any]) -> dict[str, str]:
     """The few metrics worth a line, in order, with their labels: reward, components, length, KL, speed."""
-    components = [name for name in metrics if re.fullmatch("reward/.+/mean", name)]
+    components = [name for name in metrics if re.fullmatch("reward/.+/mean", name) and "/extra/" not in name]
     labels = {"reward/mean": "reward"}
     labels |= {name: name.removeprefix("reward/").removesuffix("/mean") for name in components}
     labels |= {"completion/length": "len", "kl": "kl", "tokens_per_second": "tok/s"}

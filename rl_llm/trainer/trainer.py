@@ -412,6 +412,8 @@ def _describe(rollouts: Rollouts, resolved: Mapping[str, Resolved], mixed: Mixed
         status = np.array(component.status)
         out[f"failures/{name}"] = int((~np.isin(status, (OK, NOT_APPLICABLE))).sum())
         out[f"not_applicable/{name}"] = int((status == NOT_APPLICABLE).sum())
+        logged = rollouts.scores[name].logged.items()
+        out |= {f"reward/{name}/extra/{key}": total / count for key, (total, count) in logged}
     groups, digests = rollouts.groups, summary["digest"].to_numpy()
     out["groups/drawn"] = len(np.unique(groups))
     out["completion/distinct"] = len(np.unique(np.stack([groups, digests]), axis=1).T) / len(groups)

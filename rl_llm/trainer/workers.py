@@ -124,7 +124,7 @@ class Workers:
         return {
             "learner": make if here is None else lambda: here,
             "rollout_worker": partial(RolloutWorker, config, base, self.channel, shared),
-            "reward_worker": partial(RewardWorker, dict(components), dict(functions)),
+            "reward_worker": partial(RewardWorker, dict(components), dict(functions), config.trainer.steps),
         }
 
     def _connect(self, components: Mapping[str, ComponentConfig], functions: Functions) -> None:
