@@ -1,16 +1,21 @@
 """The documentation keeps up with the code: every key with its default, every example valid, every link alive."""
 
 import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
+from conftest import Tiny
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+import rl_llm
 from rl_llm.config import ComponentConfig, GateConfig, RunConfig, build_config
 from rl_llm.config.yaml12 import read_yaml
 from rl_llm.rewards import known
@@ -78,6 +83,30 @@ def test_yaml_examples_are_configs(text: str) -> None:
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_examples_compile(text: str) -> None:
     ast.parse(text)
+
+
+def callbacks() -> list[Any]:
+    """Every example of a callback; what stands in a docstring is one too."""
+    example = textwrap.dedent((inspect.getdoc(rl_llm.Callback) or "").partition("Example:\n")[2])
+    pages = [block for block in blocks("python") if "rl_llm.Callback" in block.values[0]]
+    return [*pages, pytest.param("import rl_llm\n" + example, id="Callback")]
+
+
+@pytest.mark.parametrize("text", callbacks())
+def test_callbacks_of_examples_follow_a_run_in_which_a_reward_never_applies(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(rl_llm, "train", lambda *args, **settings: None)
+    names: dict[str, Any] = {}
+    exec(text, names)
+    kinds = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, rl_llm.Callback)]
+    assert kinds
+    functions = {"length": lambda completions, **columns: [None] * len(completions)}
+    components = {"match": "tiny_rewards:match", "length": "function:length"}
+    config = tiny_run.config(rewards={"components": components}, trainer={"steps": 1})
+    run = tiny.train(config, tmp_path / "run", *(kind() for kind in kinds), functions=functions)
+    assert run.status == "finished"
+    assert "reward/length/mean" not in run.metrics
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
