@@ -49,15 +49,17 @@ def train(
     if resume and output is None:
         raise UserError("--resume needs --output, the directory of the run to go on with")
     if dry_run:
-        from rl_llm.launch.preflight import describe, make_plan
+        from rl_llm.launch.preflight import describe, make_plan, refuse_unwritable
         from rl_llm.launch.resume import find_checkpoint
         from rl_llm.runs.trackers import sinks
         from rl_llm.tasks import describe_bad_rows
 
         sinks(config.logging)
         plan = make_plan(config, {})
-        if output is not None:
-            find_checkpoint(plan, output, resume)
+        if output is None:
+            refuse_unwritable(Path("runs").absolute(), "name an --output")
+        else:
+            find_checkpoint(plan, absolute(output), resume)
         print(config.to_yaml())
         print("\n".join(describe(plan)))
         if plan.task.bad_rows:

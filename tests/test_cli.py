@@ -114,6 +114,22 @@ def test_resuming_with_another_config_names_the_difference(command: Command, tin
     assert "rollout" not in error
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_folders_that_cannot_be_written_to_are_refused_before_anything_starts(
+    command: Command, monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    Path("file").touch()
+    assert "/file/run cannot be written to (Not a directory); name another --output" in refused(
+        command, "train", "own.yaml", "--output", "file/run", *dry
+    )
+    warm = ("train", "own.yaml", "warm_start.supervised_steps=1", "warm_start.target=colour", "--output", "run", *dry)
+    monkeypatch.setenv("RL_LLM_CACHE", str(Path("file/cache").absolute()))
+    assert "cannot be written to (Not a directory); set RL_LLM_CACHE" in refused(command, *warm)
+    monkeypatch.delenv("RL_LLM_CACHE")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no HOME
+    assert "there is no home folder to keep warm-started models in; set RL_LLM_CACHE" in refused(command, *warm)
+
+
 def test_dry_run_prints_config_actors_and_memory_and_starts_nothing(command: Command) -> None:
     before = sorted(Path().iterdir())
     said = command("train", "own.yaml", "resources.num_rollout_workers=2", "resources.threads=3", "--dry-run")

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import sys
@@ -5,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import rich.console
 from run_factory import evaluation, make_config
+from tensorboardX.event_file_writer import EventsWriter
 
 from rl_llm.config import LoggingConfig, RunConfig
 from rl_llm.errors import UserError
@@ -17,7 +20,7 @@ from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.console import Console, LiveConsole, evaluation_lines, make_console, step_line
 from rl_llm.runs.jsonl import JsonlWriter, read_jsonl
 from rl_llm.runs.text import short, sparkline
-from rl_llm.runs.trackers import MLflow, TensorBoard, WandB, sinks
+from rl_llm.runs.trackers import MLflow, TensorBoard, Tracker, WandB, sinks
 from rl_llm.values import to_json
 
 METRICS = {
@@ -39,6 +42,7 @@ class FakeTrainer:
     path: Path
     steps_done: int = 0
     config: RunConfig = field(default_factory=lambda: make_config({"chrf": 1.0}))
+    state: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(before={"chrf": 0.5}))
 
 
 def test_json_has_no_nan_and_no_numpy() -> None:
@@ -81,22 +85,35 @@ def test_a_new_run_starts_its_files_anew(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "m.jsonl") == []
 
 
-def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
-    for done, steps, value in ((0, range(1, 7), 1.0), (4, range(5, 9), 2.0)):
+@pytest.mark.parametrize("kept", [0, 4])
+def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path, kept: int) -> None:
+    for done, steps, value in ((0, range(1, 7), 1.0), (kept, range(kept + 1, 9), 2.0)):
         trainer, sink = FakeTrainer(tmp_path, steps_done=done), TensorBoard()
         sink.on_start(trainer)
         for step in steps:
             sink.on_step(trainer, {"step": step, "loss": value, "kl": float("nan")})
         sink.on_evaluation(trainer, evaluation(steps[-1], "tune", "validation", ["chrf"], 0.5, "text"))
         sink.on_end(trainer, {"status": "finished"})
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = tensorboard(tmp_path)
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        *((step, 1.0) for step in range(1, 5)),
-        *((step, 2.0) for step in range(5, 9)),
+        *((step, 1.0) for step in range(1, kept + 1)),
+        *((step, 2.0) for step in range(kept + 1, 9)),
     ]
     assert "kl" not in events.Tags()["scalars"]
     assert [event.step for event in events.Scalars("eval/tune/utility")] == [8]
+
+
+def test_tensorboard_of_a_run_killed_before_its_first_checkpoint_has_step_0_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer, sink = FakeTrainer(tmp_path, state=SimpleNamespace(before={})), TensorBoard()
+        sink.on_start(trainer)
+        sink.on_evaluation(trainer, evaluation(0, "tune", "validation", ["chrf"], 0.5, "text"))
+    assert [event.step for event in tensorboard(tmp_path).Scalars("eval/tune/utility")] == [0]
+
+
+def tensorboard(path: Path) -> Any:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return reader.EventAccumulator(str(path / "tensorboard")).Reload()
 
 
 def test_sinks_follow_the_config() -> None:
@@ -134,6 +151,90 @@ class Recorder:
         return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
 
 
+@pytest.mark.parametrize(
+    ("key", "module", "remedy"),
+    [("wandb_project", "wandb", "WANDB_MODE=offline"), ("mlflow_experiment", "mlflow", "MLFLOW_TRACKING_URI")],
+)
+def test_a_sink_that_lets_nobody_in_is_refused_before_a_run_starts(
+    monkeypatch: pytest.MonkeyPatch, key: str, module: str, remedy: str
+) -> None:
+    class Shut(Recorder):
+        def login(self, *args: Any, **how: Any) -> None:
+            raise ConnectionError("nobody\nanswers")
+
+        get_experiment_by_name = login
+
+        def MlflowClient(self) -> "Shut":
+            return self
+
+    monkeypatch.setitem(sys.modules, module, Shut())
+    with pytest.raises(UserError, match=rf"logging\.{key}: ConnectionError: nobody answers; .*{remedy}"):
+        sinks(LoggingConfig(tensorboard=False, **{key: "mine"}))
+
+
+class Flaky(Tracker):
+    """A view that can be down; `tried` is what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.tried = False, []  # type: ignore[var-annotated]
+
+    def _hear(self, what: Any) -> None:
+        self.tried.append(what)
+        if self.down:
+            raise ConnectionError("server is down")
+
+    def begin(self, trainer: Any) -> None:
+        self._hear("begin")
+
+    def show(self, numbers: dict[str, float], step: int) -> None:
+        self._hear(step)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self._hear("end")
+
+
+def test_an_outage_of_a_tracker_warns_once_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink, trainer = Flaky(), FakeTrainer(tmp_path)
+    sink.on_start(trainer)
+    for step in range(1, 41):
+        sink.down = 3 <= step < 30
+        sink.on_step(trainer, {"step": step})
+    sink.on_end(trainer, {"status": "finished"})
+    # Tried again after 2, 4, 8 and 16 events, by opening it anew.
+    assert sink.tried == ["begin", 1, 2, 3, "begin", "begin", "begin", "begin", 37, 38, 39, 40, "end"]
+    assert [record.message for record in caplog.records] == [
+        "Flaky fails, and the run goes on without: ConnectionError: server is down", "Flaky is back",
+    ]  # fmt: skip
+
+
+def test_a_tracker_that_is_down_to_the_end_hears_of_it(tmp_path: Path) -> None:
+    sink = Flaky()
+    sink.down = True
+    follow(sink, FakeTrainer(tmp_path))
+    sink.down = False
+    sink.on_end(FakeTrainer(tmp_path), {"status": "failed"})
+    assert sink.tried[-2:] == ["begin", "end"]
+
+
+def test_a_disk_without_room_for_tensorboard_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink, trainer = TensorBoard(), FakeTrainer(tmp_path)
+    sink.on_start(trainer)
+    with monkeypatch.context() as full:
+        full.setattr(EventsWriter, "write_event", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        for step in range(1, 30):
+            sink.on_step(trainer, {"step": step} | {f"number/{i}": 1.0 for i in range(40)})
+    for step in range(30, 100):
+        sink.on_step(trainer, {"step": step, "loss": 1.0})
+    sink.on_end(trainer, {"status": "finished"})
+    assert tensorboard(tmp_path).Scalars("loss")[-1].step == 99
+    assert "TensorBoard fails, and the run goes on without: OSError: [Errno 28] No space left" in caplog.text
+
+
 def follow(sink: Callback, trainer: FakeTrainer) -> None:
     sink.on_start(trainer)
     sink.on_step(trainer, METRICS)
@@ -144,9 +245,9 @@ def follow(sink: Callback, trainer: FakeTrainer) -> None:
 def test_wandb_logs_numbers_and_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = Recorder()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for done in (0, 4):
+    for done in (0, 0, 4):  # the second start is one of a run that had no checkpoint yet
         follow(WandB("proj"), FakeTrainer(tmp_path, steps_done=done))
-    assert [kwargs["id"] for _, kwargs in wandb.named("init")] == [None, "run-1"]
+    assert [kwargs["id"] for _, kwargs in wandb.named("init")] == [None, "run-1", "run-1"]
     (logged,), where = wandb.named("log")[0]
     assert logged["reward/mean"] == 0.5131
     assert "reward/length/mean" not in logged
@@ -154,13 +255,38 @@ def test_wandb_logs_numbers_and_resumes_the_same_run(tmp_path: Path, monkeypatch
     assert wandb.named("finish")[0][1] == {"exit_code": 1}
 
 
-def test_mlflow_logs_numbers_under_names_it_admits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = Recorder()
+class FakeMLflow(Recorder):
+    """Keeps every number that is logged, as MLflow does: a step that is logged twice is there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[str, list[int]] = {}
+
+    def MlflowClient(self) -> "FakeMLflow":
+        return self
+
+    def log_metrics(self, numbers: dict[str, float], step: int) -> None:
+        for name in numbers:
+            self.numbers.setdefault(name, []).append(step)
+
+    def get_metric_history(self, run: str, name: str) -> list[SimpleNamespace]:
+        assert run == "run-1"
+        return [SimpleNamespace(step=step) for step in self.numbers.get(name, [])]
+
+
+def test_mlflow_logs_numbers_once_under_names_it_admits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = FakeMLflow()
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    for done in (0, 4):
-        follow(MLflow("exp"), FakeTrainer(tmp_path, steps_done=done))
-    assert [kwargs["run_id"] for _, kwargs in mlflow.named("start_run")] == [None, "run-1"]
-    assert "eval/tune/a_b" in mlflow.named("log_metrics")[1][0][0]
+    for done in (0, 0, 4):
+        sink, trainer = MLflow("exp"), FakeTrainer(tmp_path, steps_done=done)
+        sink.on_start(trainer)
+        for step in range(done + 1, 9 if done else 6):
+            sink.on_step(trainer, METRICS | {"step": step})
+        sink.on_evaluation(trainer, evaluation(12, "tune", "validation", ["a~b"], 0.5, "text"))
+        sink.on_end(trainer, {"status": "failed", "reason": "x", "best_step": 1})
+    assert [kwargs["run_id"] for _, kwargs in mlflow.named("start_run")] == [None, "run-1", "run-1"]
+    assert mlflow.numbers["reward/chrf/mean"] == list(range(1, 9))
+    assert mlflow.numbers["eval/tune/a_b"] == [12]
     assert mlflow.named("end_run")[0][1] == {"status": "FAILED"}
 
 

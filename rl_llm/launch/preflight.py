@@ -1,5 +1,6 @@
 """What a run is about to do, checked before anything starts: data, components, model, actors, memory."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import UserError
 from rl_llm.launch.fit import architecture, check_fit, first_line, saving_notes, without_weights
 from rl_llm.launch.origin import origin_of
-from rl_llm.launch.warm_start import needs_base
+from rl_llm.launch.warm_start import base_path, cache_folder, needs_base
 from rl_llm.policies import policy_class
 from rl_llm.policies.base import freeze
 from rl_llm.rewards import Component, known
@@ -65,6 +66,8 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     imitates = needs_base(config) or "supervised" in config.evaluation.controls
     if imitates:
         task.training_texts(config.warm_start.target)
+    if needs_base(config) and not base_path(config, task).is_dir():
+        refuse_unwritable(cache_folder(), "set RL_LLM_CACHE to a folder that can")
     model = without_weights(config.policy)
     notes: list[str] = []
     origin = origin_of(config, task, functions)  # of all rows, whichever will be too long
@@ -72,6 +75,16 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
         task.tokenize(tokenizer, policy_class(config.policy).continues)
         notes = [*check_fit(config, model, tokenizer, task, imitates), *saving_notes(model, str(config.policy.model))]
     return Plan(config, task, functions, _parameters(config.policy, model), tokenizer, notes, origin)
+
+
+def refuse_unwritable(folder: Path, remedy: str) -> None:
+    """Raise `UserError` where nothing could be written to a folder, which may be still to be made."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); {remedy}") from None
 
 
 def check_algorithm(config: RunConfig) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from rl_llm.config import MAY_CHANGE, MUST_STAY, RunConfig, build_config
 from rl_llm.errors import UserError
-from rl_llm.launch.preflight import Plan
+from rl_llm.launch.preflight import Plan, refuse_unwritable
 from rl_llm.runs import checkpoint
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.reader import RunFiles
@@ -29,9 +29,11 @@ def find_checkpoint(plan: Plan, path: Path, resume: bool) -> tuple[Path | None, 
         left = {entry.name for entry in path.iterdir() if not entry.name.startswith(MARK)} if path.is_dir() else set()
         if path.exists() and not (path.is_dir() and left <= unborn):
             raise UserError(f"--output {path} exists and is no run directory; name another one")
+        refuse_unwritable(path, "name another --output")
         return None, []
     if not resume:
         raise UserError(f"{path} holds a run already; add --resume to go on with it, or name another --output")
+    refuse_unwritable(path, "a resumed run goes on in it")
     for name in LINES:
         read_jsonl(path / f"{name}.jsonl")  # a broken one is refused before anything starts
     found, refused = checkpoint.find(path / "checkpoints")

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from rl_llm.config import RunConfig
+from rl_llm.errors import UserError
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
 from rl_llm.policies.scratch import build_scratch
@@ -27,8 +28,14 @@ TOKENIZER_TEXTS = 20_000
 
 
 def cache_folder() -> Path:
-    """Where warm-started models are kept between runs: RL_LLM_CACHE, else the user's cache folder."""
-    return absolute(os.environ.get("RL_LLM_CACHE") or "~/.cache/rl_llm") / "warm_start"
+    """Where warm-started models are kept between runs: RL_LLM_CACHE, else the user's cache folder.
+
+    Raises `UserError` where there is neither.
+    """
+    given = os.environ.get("RL_LLM_CACHE")
+    if given is None and os.path.expanduser("~") == "~":
+        raise UserError("there is no home folder to keep warm-started models in; set RL_LLM_CACHE to a folder")
+    return absolute(given or "~/.cache/rl_llm") / "warm_start"
 
 
 def needs_base(config: RunConfig) -> bool:

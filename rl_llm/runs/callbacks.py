@@ -20,7 +20,7 @@ class TrainerView(Protocol):
 
     @property
     def steps_done(self) -> int:
-        """Steps finished so far; above 0 in `on_start` when a run resumes."""
+        """Steps finished so far; in `on_start` those that a resumed run does not repeat, which may be 0."""
 
     @property
     def mixture(self) -> Mixture:
@@ -37,9 +37,10 @@ class Callback:
     Callbacks run in the driver process, in the order given, and are waited for: a slow one slows training. An exception
     is not caught: it ends the run with status "failed", everything up to the last checkpoint being kept.
 
-    A run that is killed and resumed calls `on_start` again with `trainer.steps_done` above 0, and repeats the steps
-    after its last checkpoint with the same numbers. So does a trainer that goes on from another checkpoint, or with
-    another config in another directory. A callback that keeps its own record must drop the later steps first.
+    A run that is killed and resumed calls `on_start` again, and repeats the steps after `trainer.steps_done` with the
+    same numbers: all of them where it has no checkpoint yet. So does a trainer that goes on from another checkpoint, or
+    with another config in another directory. A callback that keeps its own record must drop the later steps first; see
+    `last_recorded`.
 
     Example:
         class StopWhenShort(rl_llm.Callback):
@@ -54,7 +55,7 @@ class Callback:
     def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
         """After each step. `metrics` is the line of metrics.jsonl: `step` (from 1), `loss`, `reward/<name>/mean`, ...
 
-        Seconds are under `time/`; NaN where a component had no value in the whole step.
+        Seconds are under `time/`. The keys of a component are left out where it had no value in the whole step.
         """
 
     def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
@@ -76,6 +77,12 @@ class Callback:
 
     def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
         """After the last step, however the run ended. `summary` is summary.json: `status`, `reason`, `steps`, ..."""
+
+
+def last_recorded(trainer: TrainerView) -> int:
+    """In `on_start`: the last step whose record stands, 0 for what is measured before the first; -1 where none does."""
+    # What is measured before the first step is kept as soon as a checkpoint has it.
+    return trainer.steps_done if trainer.state.before else -1
 
 
 class Callbacks:

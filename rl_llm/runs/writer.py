@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rl_llm.runs.callbacks import Callback, TrainerView
+from rl_llm.runs.callbacks import Callback, TrainerView, last_recorded
 from rl_llm.runs.checkpoint import step_name
 from rl_llm.runs.jsonl import JsonlWriter
 from rl_llm.values import to_json
@@ -20,8 +20,7 @@ class RunWriter(Callback):
 
     def on_start(self, trainer: TrainerView) -> None:
         self.close()
-        # What is measured before the first step is kept as soon as a checkpoint has it.
-        kept = trainer.steps_done if trainer.state.before else -1
+        kept = last_recorded(trainer)
         trainer.path.mkdir(parents=True, exist_ok=True)
         self._files = {name: JsonlWriter(trainer.path / f"{name}.jsonl", kept) for name in LINES}
         for table in _rollout_tables(trainer.path):
