@@ -1,7 +1,6 @@
 """The Python face: one call that trains."""
 
 import inspect
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +11,7 @@ from rl_llm.errors import UserError, did_you_mean
 from rl_llm.launch.preflight import FUNCTION, ROWS
 from rl_llm.launch.training import run_training
 from rl_llm.runs.callbacks import Callback
+from rl_llm.runs.directory import run_directory
 from rl_llm.runs.run import Run
 from rl_llm.tasks import task_from_rows
 
@@ -78,8 +78,8 @@ def train(
         _section(raw, "task")["data"] = ROWS
     config = build_config(raw, where="train()")
     task = None if rows is None else task_from_rows(rows, config.task)
-    path = Path(output) if output is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
+    with run_directory(None if output is None else Path(output)) as path:
+        return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:

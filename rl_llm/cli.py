@@ -1,10 +1,10 @@
 """The commands. Each reads its arguments, calls one function and prints what it gives."""
 
+import io
 import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_llm.errors import RunFailed, UserError
+from rl_llm.files import room_for
 from rl_llm.process import absolute
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ def train(
     if dry_run:
         from rl_llm.launch.preflight import describe, make_plan, refuse_unwritable
         from rl_llm.launch.resume import find_checkpoint
+        from rl_llm.runs.directory import refuse_held
         from rl_llm.runs.trackers import sinks
         from rl_llm.tasks import describe_bad_rows
 
@@ -59,6 +61,7 @@ def train(
         if output is None:
             refuse_unwritable(Path("runs").absolute(), "name an --output")
         else:
+            refuse_held(absolute(output))
             find_checkpoint(plan, absolute(output), resume)
         print(config.to_yaml())
         print("\n".join(describe(plan)))
@@ -67,14 +70,15 @@ def train(
         return
     from rl_llm.errors import Interrupted
     from rl_llm.launch.training import run_training
+    from rl_llm.runs.directory import run_directory
 
-    path = output or Path("runs") / f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        run = run_training(config, path, resume=resume)
-    except Interrupted:
-        command = shlex.join(["rl-llm", "train", source, *(overrides or []), "--output", str(path), "--resume"])
-        print(f"stopped and saved in {path}; go on with: {command}")
-        raise typer.Exit(130) from None
+    with run_directory(output, f"{Path(source).stem}-") as path:
+        try:
+            run = run_training(config, path, resume=resume)
+        except Interrupted as stopped:
+            command = shlex.join(["rl-llm", "train", source, *(overrides or []), "--output", str(path), "--resume"])
+            print(f"{stopped} in {path}; go on with: {command}")
+            raise typer.Exit(130) from None
     rich.print(run.table())
     print(f"run {run.path}  model {run.model}  report {run.path / 'report.html'}")
 
@@ -201,7 +205,13 @@ def _note(text: str) -> None:
 def _writing(path: Path | None) -> Iterator[IO[str]]:
     """The file to write to, or standard output. Raises `UserError` where it cannot be made."""
     if path is None:
-        yield sys.stdout
+        if sys.stdout is None:
+            raise UserError("standard output is closed; name a file with --output")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as JSON lines in a file
+        with room_for("standard output", then="do it again"):
+            yield sys.stdout
+            sys.stdout.flush()
         return
     try:
         there = absolute(path)
@@ -209,7 +219,7 @@ def _writing(path: Path | None) -> Iterator[IO[str]]:
         file = there.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}; name another file") from None
-    with file:
+    with room_for(path, then="do it again"), file:
         yield file
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     ["learner", "rollout", "rewards", "runs"],
     ["policies", "algorithms", "mixture", "tasks", "runtime"],
     ["config"],
-    ["table", "columns", "values", "groups", "rng", "imports", "errors", "process"],
+    ["table", "columns", "values", "groups", "rng", "imports", "files", "errors", "process"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

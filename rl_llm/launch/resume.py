@@ -8,13 +8,27 @@ from pydantic import BaseModel
 
 from rl_llm.config import MAY_CHANGE, MUST_STAY, RunConfig, build_config
 from rl_llm.errors import UserError
+from rl_llm.files import free_name
 from rl_llm.launch.preflight import Plan, refuse_unwritable
 from rl_llm.runs import checkpoint
+from rl_llm.runs.directory import CLEARING, LOCK
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.writer import LINES
 from rl_llm.runtime.shared import MARK
 from rl_llm.trainer.state import Origin, TrainerState
+
+# A run killed while it made its directory has left nothing worth keeping.
+UNBORN = {"rollouts", "metrics.jsonl", "eval.jsonl", "failures.jsonl", ".config.yaml.partial", LOCK, CLEARING}
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise `UserError` where the run directory would be something else's."""
+    if (path / "config.yaml").is_file() or not path.exists():
+        return
+    left = {entry.name for entry in path.iterdir() if not entry.name.startswith(MARK)} if path.is_dir() else {""}
+    if not left <= UNBORN:
+        raise UserError(f"--output {path} exists and is no run directory; name another one")
 
 
 def find_checkpoint(plan: Plan, path: Path, resume: bool) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -23,12 +37,8 @@ def find_checkpoint(plan: Plan, path: Path, resume: bool) -> tuple[Path | None, 
     Raises:
         UserError: the directory holds another run, or what it was made from has changed.
     """
+    refuse_foreign(path)
     if not (path / "config.yaml").is_file():
-        # A run killed while it made its directory has left nothing worth keeping.
-        unborn = {"rollouts", "metrics.jsonl", "eval.jsonl", "failures.jsonl", ".config.yaml.partial"}
-        left = {entry.name for entry in path.iterdir() if not entry.name.startswith(MARK)} if path.is_dir() else set()
-        if path.exists() and not (path.is_dir() and left <= unborn):
-            raise UserError(f"--output {path} exists and is no run directory; name another one")
         refuse_unwritable(path, "name another --output")
         return None, []
     if not resume:
@@ -50,7 +60,7 @@ def open_directory(plan: Plan, path: Path, resume: bool, note: Callable[[str], N
     found, refused = find_checkpoint(plan, path, resume)
     for folder, problem in refused:
         note(f"checkpoint {folder.name} is refused: {problem}")
-        folder.rename(folder.with_name(f"refused-{folder.name}"))
+        folder.rename(free_name(folder.with_name(f"refused-{folder.name}")))
     if found is not None:
         for name in plan.origin.other_code(TrainerState.load(found).origin):
             note(f"warning: the code of the reward {name} has changed since {found.name}, and the run goes on with it")

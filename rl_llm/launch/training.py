@@ -1,6 +1,5 @@
 """A whole run: checks, warm start, training, the best policy, controls, summary and report."""
 
-import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +13,18 @@ from transformers.utils import logging as transformers_logging
 
 from rl_llm.config import VERSIONS, RunConfig
 from rl_llm.errors import Interrupted, RunFailed
+from rl_llm.files import room_for, write_text
 from rl_llm.launch.controls import constant_reward
 from rl_llm.launch.origin import model_digests
 from rl_llm.launch.preflight import Plan, describe, load_tokenizer, make_plan
-from rl_llm.launch.resume import complete, open_directory, refuse_other_base
+from rl_llm.launch.resume import complete, open_directory, refuse_foreign, refuse_other_base
 from rl_llm.launch.signals import stop_between_steps, terminable
 from rl_llm.launch.warm_start import ensure_base, needs_base
 from rl_llm.policies import policy_class
 from rl_llm.process import absolute
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
+from rl_llm.runs.directory import locked
 from rl_llm.runs.run import Run
 from rl_llm.runs.trackers import sinks
 from rl_llm.runs.writer import RunWriter, write_summary
@@ -65,13 +66,15 @@ def run_training(
     # The record is written before anybody is told.
     followers = Callbacks([RunWriter(), console, *sinks(config.logging), *callbacks])
     plan = make_plan(config, functions or {}, task)
-    checkpoint = open_directory(plan, path, resume, followers.message)
-    if resume and complete(path, config, checkpoint):
-        followers.message(f"{path} is complete already")
-        return Run(path)
+    refuse_foreign(path)
     try:
-        with connected(config.resources), terminable():
-            return _run(plan, path, checkpoint, followers)
+        with room_for(path), locked(path):
+            checkpoint = open_directory(plan, path, resume, followers.message)
+            if resume and complete(path, config, checkpoint):
+                followers.message(f"{path} is complete already")
+                return Run(path)
+            with connected(config.resources), terminable():
+                return _run(plan, path, checkpoint, followers)
     finally:
         console.close()
 
@@ -117,7 +120,7 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
             # The directory is left complete, however the run ended and whoever else fails.
             write_summary(path, summary)
             problem = trainer.callbacks.end(trainer, summary)
-            Run(path).report()
+            _report(path, followers)
             if problem is not None and sys.exception() is None:
                 raise problem
     if "constant_reward" in config.evaluation.controls:
@@ -133,23 +136,32 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         measured = control.summary["after"]
         summary["controls"]["constant_reward"] = {name: measured[name] for name in summary["after"]}
         write_summary(path, summary)
-        Run(path).report()
+        _report(path, followers)
     return Run(path)
+
+
+def _report(path: Path, followers: Callbacks) -> None:
+    """A run is what it is without its report too."""
+    try:
+        Run(path).report()
+    except Exception as error:
+        followers.message(f"no report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")
 
 
 def _train(trainer: Trainer, summary: dict[str, Any]) -> None:
     """From where the trainer is to the end, its last evaluations included; fills the summary as far as it comes."""
     try:
-        with stop_between_steps(trainer):
-            while trainer.advance():
-                pass
-        if trainer.stopping:
-            raise Interrupted
-        trainer.export_best()
-        summary["after"] = trainer.test("after").line["metrics"]
-        if "supervised" in trainer.config.evaluation.controls:
-            trainer.callbacks.message("control: continued supervised warm start on the same number of tokens")
-            summary["controls"]["supervised"] = trainer.continue_warm_start()
+        with room_for(trainer.path):
+            with stop_between_steps(trainer):
+                while trainer.advance():
+                    pass
+            if trainer.stopping:
+                raise Interrupted("stopped and saved")
+            trainer.export_best()
+            summary["after"] = trainer.test("after").line["metrics"]
+            if "supervised" in trainer.config.evaluation.controls:
+                trainer.callbacks.message("control: continued supervised warm start on the same number of tokens")
+                summary["controls"]["supervised"] = trainer.continue_warm_start()
         summary["status"] = "finished"
         if trainer.steps_done < trainer.config.trainer.steps:
             summary["status"] = "stopped_early"
@@ -160,7 +172,7 @@ def _train(trainer: Trainer, summary: dict[str, Any]) -> None:
         raise
     except KeyboardInterrupt:
         summary["status"], summary["reason"] = "interrupted", "stopped at once; the last checkpoint stands"
-        raise Interrupted from None
+        raise Interrupted("stopped at once, with the last checkpoint kept") from None
     except RunFailed as error:
         summary["reason"] = str(error)
         raise
@@ -171,7 +183,7 @@ def _train(trainer: Trainer, summary: dict[str, Any]) -> None:
 
 def _note_bad_rows(task: Task, path: Path, followers: Callbacks) -> None:
     rows = [asdict(bad) for bad in task.bad_rows]
-    (path / "bad_rows.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(path / "bad_rows.jsonl", "".join(to_json(row) + "\n" for row in rows))
     if rows:
         followers.message(f"bad rows   {describe_bad_rows(task.bad_rows)}; all in {path / 'bad_rows.jsonl'}")
 
@@ -179,7 +191,4 @@ def _note_bad_rows(task: Task, path: Path, followers: Callbacks) -> None:
 def _write_config(config: RunConfig, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    text = config.to_yaml() + yaml.safe_dump({VERSIONS: versions}, sort_keys=False)
-    aside = path / ".config.yaml.partial"
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path / "config.yaml")
+    write_text(path / "config.yaml", config.to_yaml() + yaml.safe_dump({VERSIONS: versions}, sort_keys=False))

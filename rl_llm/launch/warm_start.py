@@ -15,6 +15,7 @@ import transformers
 
 from rl_llm.config import RunConfig
 from rl_llm.errors import UserError
+from rl_llm.files import room_for
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
 from rl_llm.policies.scratch import build_scratch
@@ -72,7 +73,7 @@ def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[
     """Build, warm-start and save the policy to `folder`, which appears whole or not at all."""
     torch.set_num_threads(config.resources.threads)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with room_for(folder), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         source = config.policy.model
         if source is None:
             source = str(Path(scratch) / "cold")

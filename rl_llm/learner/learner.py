@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig
 from rl_llm.errors import RunFailed
+from rl_llm.files import replacing
 from rl_llm.learner.batch import Batch, Minibatch, make_batch
 from rl_llm.learner.objective import Objective
 from rl_llm.learner.optimizer import build_optimizer, set_rate
@@ -93,7 +93,8 @@ class Learner:
         for name in columns.column_names:
             table = table.append_column(name, columns[name])
         if path and self.parallel.rank == 0:
-            _write_whole(table, Path(path))
+            with replacing(Path(path)) as aside:
+                pq.write_table(table, aside)
         table = table.filter(table["trained"])
         if table.num_rows == 0:
             raise RunFailed(f"step {step + 1}: no row has a reward; see failures.jsonl")
@@ -261,10 +262,3 @@ class Learner:
     def see(self, mark: Path) -> None:
         """Raise `UserError` where the run directory, which has this file of the driver's, is not to be seen here."""
         refuse_unshared(mark, "name an --output")
-
-
-def _write_whole(table: pa.Table, path: Path) -> None:
-    """Write a table as Parquet; the file appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, aside)
-    os.replace(aside, path)

@@ -3,13 +3,19 @@
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rl_llm.errors import UserError
+from rl_llm.files import replacing, sync
 from rl_llm.values import to_json
 
 # Evaluations that a run makes when its steps are done; a resumed run makes them again.
 MADE_AT_THE_END = ("after", "supervised")
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # A lone surrogate, which UTF-8 has no bytes for, becomes the escape that JSON has for it.
+    return (to_json(row) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -42,14 +48,23 @@ class JsonlWriter:
 
     def __init__(self, path: Path, last_step: int = -1) -> None:
         kept = [row for row in read_jsonl(path) if row["step"] <= last_step and row.get("label") not in MADE_AT_THE_END]
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(aside, path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        with replacing(path) as aside:
+            aside.write_bytes(b"".join(_line(row) for row in kept))
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
+        """Append a whole line, or where there is no room for it nothing."""
+        line, start = _line(row), self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except BaseException:
+            self._file.truncate(start)
+            raise
+
+    def sync(self) -> None:
+        """Have all that was written on disk."""
+        sync(self._path)
 
     def close(self) -> None:
         self._file.close()

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from rl_llm.config import RunConfig, build_config, read_config
 from rl_llm.errors import UserError
 from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.writer import rollout_tables
 
 
 class RunFiles:
@@ -55,9 +56,12 @@ class RunFiles:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """summary.json; empty while the run is going on or after it was killed."""
-        where = self.path / "summary.json"
-        return json.loads(where.read_text(encoding="utf-8")) if where.is_file() else {}
+        """summary.json; empty while the run is going on or after it was killed, and where the file is broken."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
 
     @property
     def model(self) -> Path:
@@ -74,7 +78,7 @@ class RunFiles:
     @property
     def rollout_steps(self) -> list[int]:
         """The steps whose rollout tables were kept, in order."""
-        return sorted(int(file.stem.removeprefix("step-")) for file in self.path.glob("rollouts/step-*.parquet"))
+        return list(rollout_tables(self.path))
 
     def rollouts(self, step: int | None = None) -> pa.Table:
         """The rollout table of one step as trained on, or of all kept steps one after the other with a `step` column.
@@ -92,7 +96,7 @@ class RunFiles:
             return whole.add_column(0, "step", pa.array(numbers, pa.int64()))
         if step not in kept:
             raise UserError(f"{self.path} has no rollout table of step {step}; kept: {kept[0]} to {kept[-1]}")
-        return pq.read_table(self.path / "rollouts" / f"step-{step:06d}.parquet")
+        return pq.read_table(rollout_tables(self.path)[step])
 
     @property
     def status(self) -> str:

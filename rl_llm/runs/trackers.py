@@ -20,6 +20,7 @@ from tensorboardX.summary import scalar, text
 
 from rl_llm.config import LoggingConfig
 from rl_llm.errors import UserError
+from rl_llm.files import write_text
 from rl_llm.runs.callbacks import Callback, TrainerView, last_recorded
 from rl_llm.values import to_json
 
@@ -175,7 +176,7 @@ class WandB(Tracker):
             id=_noted(noted),
             resume="allow",
         )
-        noted.write_text(self._run.id)
+        write_text(noted, self._run.id)
 
     # W&B drops steps below its last one: those that a resumed run repeats have the same numbers, so nothing is lost.
     def show(self, numbers: dict[str, float], step: int) -> None:
@@ -207,7 +208,7 @@ class MLflow(Tracker):
         self._mlflow.set_experiment(self._experiment)
         resumed = _noted(noted)
         self._run_id = self._mlflow.start_run(run_id=resumed, run_name=trainer.path.name).info.run_id
-        noted.write_text(self._run_id)
+        write_text(noted, self._run_id)
         self._open = True
         # By name, the last step that the run had been given when it was resumed; None for a run that begins.
         self._there: dict[str, int] | None = None if resumed is None else {}

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from rl_llm.files import write_text
 from rl_llm.runs.callbacks import Callback, TrainerView, last_recorded
-from rl_llm.runs.checkpoint import step_name
+from rl_llm.runs.checkpoint import by_step, step_name
 from rl_llm.runs.jsonl import JsonlWriter
 from rl_llm.values import to_json
 
@@ -23,8 +24,8 @@ class RunWriter(Callback):
         kept = last_recorded(trainer)
         trainer.path.mkdir(parents=True, exist_ok=True)
         self._files = {name: JsonlWriter(trainer.path / f"{name}.jsonl", kept) for name in LINES}
-        for table in _rollout_tables(trainer.path):
-            if table.stem > step_name(max(kept, 0)):
+        for step, table in rollout_tables(trainer.path).items():
+            if step > kept:
                 table.unlink()
 
     def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
@@ -35,6 +36,11 @@ class RunWriter(Callback):
 
     def on_failure(self, trainer: TrainerView, record: dict[str, Any]) -> None:
         self._files["failures"].write(record)
+
+    def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
+        # A checkpoint outlives a power failure; the lines of its steps are to outlive it too.
+        for file in self._files.values():
+            file.sync()
 
     def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
         write_summary(trainer.path, summary)
@@ -47,7 +53,7 @@ class RunWriter(Callback):
 
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
-    (run / "summary.json").write_text(to_json(summary) + "\n", encoding="utf-8")
+    write_text(run / "summary.json", to_json(summary) + "\n")
 
 
 def rollout_table(run: Path, step: int, keep: int) -> Path | None:
@@ -55,11 +61,12 @@ def rollout_table(run: Path, step: int, keep: int) -> Path | None:
     if keep == 0:
         return None
     (run / "rollouts").mkdir(parents=True, exist_ok=True)
-    kept = _rollout_tables(run)
+    kept = list(rollout_tables(run).values())
     for old in kept[: max(len(kept) - keep + 1, 0)]:
         old.unlink()
     return run / "rollouts" / f"{step_name(step)}.parquet"
 
 
-def _rollout_tables(run: Path) -> list[Path]:
-    return sorted((run / "rollouts").glob("step-*.parquet"))
+def rollout_tables(run: Path) -> dict[int, Path]:
+    """The rollout tables that were kept, by step in order."""
+    return by_step(run / "rollouts", ".parquet")

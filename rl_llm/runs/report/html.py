@@ -7,6 +7,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from rl_llm.config import Ramp
+from rl_llm.files import write_text
 from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.report.charts import Chart, mixture_charts, reward_charts, training_charts
 from rl_llm.runs.report.style import CSS, DRAW
@@ -21,7 +22,7 @@ MESSAGE_LIMIT = 600  # characters of a failure's message
 def write_report(run: RunFiles) -> Path:
     """Write `report.html` of a finished, running or killed run into its directory and return the file's path."""
     where = run.path / "report.html"
-    where.write_text(page(run), encoding="utf-8")
+    write_text(where, page(run))
     return where
 
 
