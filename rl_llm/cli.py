@@ -18,6 +18,7 @@ from rich.text import Text
 from rl_llm.errors import RunFailed, UserError
 from rl_llm.files import room_for
 from rl_llm.process import absolute
+from rl_llm.runs.output import shielded
 
 app = typer.Typer(
     help="Reinforcement learning of language models with mixtures of rewards.",
@@ -34,6 +35,7 @@ Overrides = Annotated[
 
 
 @app.command()
+@shielded()
 def train(
     source: Annotated[str, typer.Argument(help="a packaged recipe or a YAML file", metavar="RECIPE|FILE")],
     overrides: Overrides = None,
@@ -238,6 +240,19 @@ def _weights(text: str) -> dict[str, float]:
 
 def main() -> None:
     """Run a command; what the user can mend is one or two lines and exit code 2."""
+    # A closed stream's number goes to the next file, which would then get what libraries print.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with shielded("stderr"):
+        _run()
+
+
+def _run() -> None:
     logging.basicConfig(format="%(message)s")
     # Threads that wait spinning slow each other down many times as soon as processes share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -308,7 +308,9 @@ def test_a_sparkline_spans_its_values() -> None:
 
 
 def test_samples_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().on_evaluation(None, evaluation(3, "tune", "validation", ["chrf"], 0.5, "\x1b[2Jhi\r[bold]x[/bold]\n"))
+    console = Console()
+    console.on_evaluation(None, evaluation(3, "tune", "validation", ["chrf"], 0.5, "\x1b[2Jhi\r[bold]x[/bold]\n"))
+    console.close()
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\r" not in shown

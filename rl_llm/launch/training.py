@@ -25,6 +25,7 @@ from rl_llm.process import absolute
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
 from rl_llm.runs.directory import locked
+from rl_llm.runs.output import shielded
 from rl_llm.runs.run import Run
 from rl_llm.runs.trackers import sinks
 from rl_llm.runs.writer import RunWriter, write_summary
@@ -36,6 +37,7 @@ from rl_llm.values import to_json
 LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
 
 
+@shielded()
 def run_training(
     config: RunConfig,
     path: Path,

@@ -72,6 +72,9 @@ class Callback:
     def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
         """After a checkpoint folder is complete on disk."""
 
+    def on_recorded(self, trainer: TrainerView) -> None:
+        """When all that a step brought about is on disk: its line, its evaluation, its checkpoint."""
+
     def on_message(self, text: str) -> None:
         """A line about the run for whoever watches it; also before it starts and after its end."""
 

@@ -32,14 +32,22 @@ def make_console(console: rich.console.Console | None = None) -> "Console":
 
 
 class Console(Callback):
-    """Plain lines on standard output, for pipes, logs, notebooks and debuggers."""
+    """Plain lines on standard output, for pipes, logs, notebooks and debuggers.
+
+    A terminal can hold up who prints to it for as long as it likes, so a step is shown once it is recorded.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
 
     def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
-        self.on_message(step_line(metrics, trainer.config.trainer.steps))
+        self._waiting.append(step_line(metrics, trainer.config.trainer.steps))
 
     def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
-        for text in evaluation_lines(evaluation):
-            self.on_message(text)
+        self._waiting += evaluation_lines(evaluation)
+
+    def on_recorded(self, trainer: TrainerView) -> None:
+        self._show()
 
     def on_failure(self, trainer: TrainerView, record: dict[str, Any]) -> None:
         if record["outcome"] != "raise":  # what is raised is shown as what ended the run
@@ -48,19 +56,30 @@ class Console(Callback):
             self.on_message(f"{record['component']}: {rows} {what}, {record['status']}: {record['message']}")
 
     def on_message(self, text: str) -> None:
-        print(printable(text), flush=True)
+        self._waiting.append(text)
+        self._show()
 
     def on_end(self, trainer: TrainerView, summary: dict[str, Any]) -> None:
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; safe to call twice."""
+        """Show what is still to be shown and give the terminal back; safe to call twice."""
+        self._show()
+
+    def _show(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            self._print(printable(text))
+
+    def _print(self, text: str) -> None:
+        print(text, flush=True)
 
 
 class LiveConsole(Console):
     """A progress bar and the latest metrics at the bottom of a terminal, messages and samples scrolling above."""
 
     def __init__(self, console: rich.console.Console) -> None:
+        super().__init__()
         self._console = console
         self._live: Live | None = None
 
@@ -94,7 +113,6 @@ class LiveConsole(Console):
                 self._failures[component] = self._failures.get(component, 0) + value
         self._remember({name: metrics.get(name) for name in shown_metrics(metrics)})
         self._progress.update(self._bar, completed=metrics["step"])
-        self._refresh()
 
     def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
         super().on_evaluation(trainer, evaluation)
@@ -102,25 +120,26 @@ class LiveConsole(Console):
             utility = (evaluation["metrics"].get("utility") or {}).get("mean")
             self._metrics["utility"] = utility
             self._remember({"utility": utility})
-            self._refresh()
 
-    def on_message(self, text: str) -> None:
-        self._console.print(Text(printable(text)))
+    def _print(self, text: str) -> None:
+        self._console.print(Text(text))
 
     def close(self) -> None:
+        super().close()
         if self._live:
             self._live.stop()
             self._live = None
             sys.breakpointhook = sys.__breakpointhook__
 
+    def _show(self) -> None:
+        super()._show()
+        if self._live:
+            self._live.update(self._render(), refresh=True)
+
     def _remember(self, values: dict[str, float | None]) -> None:
         for name, value in values.items():
             if is_number(value):
                 self._history.setdefault(name, deque(maxlen=HISTORY)).append(float(value))  # type: ignore[arg-type]
-
-    def _refresh(self) -> None:
-        if self._live:
-            self._live.update(self._render(), refresh=True)
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))

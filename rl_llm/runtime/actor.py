@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import ray.exceptions
 
 from rl_llm.runtime.cluster import send_tables_as_ipc
 from rl_llm.runtime.replica import BUILT, Answer, WorkerDied, close
+from rl_llm.runtime.signals import only_here
 
 # Each says that the process is gone, or what it was given: another try elsewhere may do.
 _GONE = (
@@ -29,6 +31,7 @@ class _Host:
 
     def __init__(self) -> None:
         send_tables_as_ipc()
+        only_here(signal.getsignal(signal.SIGTERM))  # Ray's own
         self._worker: Any = None
 
     def build(self, make: Callable[..., Any]) -> str:

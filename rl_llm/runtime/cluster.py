@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl_llm.config import ResourcesConfig
 from rl_llm.errors import UserError
+from rl_llm.runtime.signals import outliving_the_terminal
 
 KINDS = ("learner", "rollout_worker", "reward_worker")
 SMALL_MACHINE = 32 * 2**30
@@ -40,13 +41,14 @@ def connect(resources: ResourcesConfig) -> bool:
     if address == "local":
         cpus = math.ceil(sum(_bundle(resources, kind)["CPU"] * _count(resources, kind) for kind in KINDS))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            object_store_memory=memory // 5 if memory < SMALL_MACHINE else None,
-            include_dashboard=False,
-            **quiet,
-        )
+        with outliving_the_terminal():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, cpus),
+                object_store_memory=memory // 5 if memory < SMALL_MACHINE else None,
+                include_dashboard=False,
+                **quiet,
+            )
         return True
     try:
         _probe(address)

@@ -163,6 +163,7 @@ class Trainer:
         self._start()
         if not self.state.before:
             self._begin()
+            self.callbacks.emit("on_recorded", self)
         evaluated = False
         while not (evaluated or self.over):
             self.callbacks.emit("on_step", self, self.step())
@@ -171,9 +172,12 @@ class Trainer:
                 self._validate()
             if self._due(self.config.checkpoint.every):
                 self.save()
-        if self.over and self._saved != self.state.steps:
+            self.callbacks.emit("on_recorded", self)
+        over = self.over
+        if over and self._saved != self.state.steps:
             self.save()
-        return not self.over
+        # Not asked again: whoever asks to stop from here on is heard by the next call, and that one saves.
+        return not over
 
     def _start(self) -> None:
         """Tell everybody, once."""
@@ -289,10 +293,11 @@ class Trainer:
 
     def _clear_best(self) -> None:
         """Drop best policies that no kept checkpoint speaks of; the first policy stays, controls start from it."""
-        kept = [folder for folder in (self.path / "checkpoints").glob("step-*") if checkpoint.damage(folder) is None]
+        saved = checkpoint.by_step(self.path / "checkpoints").values()
+        kept = [folder for folder in saved if checkpoint.damage(folder) is None]
         needed = {0, *(TrainerState.load(folder).progress.best_step for folder in kept)}
-        for folder in (self.path / "checkpoints" / "best").glob("step-*"):
-            if int(folder.name.removeprefix("step-")) not in needed:
+        for step, folder in checkpoint.by_step(self.path / "checkpoints" / "best").items():
+            if step not in needed:
                 shutil.rmtree(folder)
 
     def restore(self, folder: Path) -> None:
@@ -326,8 +331,8 @@ class Trainer:
         self._seconds_before, self._clock_start = state.seconds, time.monotonic()
         self.prompts.position = state.prompts_drawn
         self.sampler.load(folder)
-        for own in (self.path / "checkpoints").glob("step-*"):
-            if own.name > checkpoint.step_name(state.steps):
+        for step, own in checkpoint.by_step(self.path / "checkpoints").items():
+            if step > state.steps:
                 shutil.rmtree(own)
         self.stopping = self._started = False
         self._saved = state.steps
