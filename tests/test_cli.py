@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,11 +140,12 @@ def test_dry_run_prints_config_actors_and_memory_and_starts_nothing(command: Com
     assert yaml.safe_load(config)["resources"]["num_rollout_workers"] == 2
     lines = plan.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *["task", "policy", "prompt", "tokens", "rewards", "step"], *["actor"] * 3, "memory"
+        *["task", "policy", "prompt", "tokens", "probe", "rewards", "step"], *["actor"] * 3, "memory"
     ]  # fmt: skip
     assert "actor      2 x rollout worker: 1 CPU, 0 GPU, torch threads: 3 each" in lines
     assert "actor      learner in this process, torch threads: 3" in lines
-    assert "3 a step" in lines[5]
+    assert "3 a step" in lines[6]
+    assert re.fullmatch(r"probe      engine \S+ and learner \S+ nats off the model's own forward", lines[4])
     text = ast.literal_eval(lines[2].removeprefix("prompt     "))
     assert text.strip() in {row["text"] for row in tiny.rows()}
     ids = AutoTokenizer.from_pretrained("model")(text.strip())["input_ids"]

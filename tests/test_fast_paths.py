@@ -141,6 +141,11 @@ def test_dropout_of_attention_acts_also_by_blocks(tiny_run: Tiny) -> None:
         ("cohere", {**GATED, "logit_scale": 0.3}),
         ("granite", {**GATED, "logits_scaling": 3.0}),
         ("phi", {"intermediate_size": 48}),  # its head has a bias
+        ("hyperclovax", {**GATED, "logits_scaling": 3.0}),  # Granite's name for a divisor is that of a factor here
+        (
+            "modernbert-decoder",
+            {"intermediate_size": 48, "bos_token_id": 0},
+        ),  # more stands before its head
     ],
 )
 def test_head_of_every_architecture_learns_as_in_a_plain_forward(
@@ -190,7 +195,7 @@ def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(rows: list[int])
     mask[left < samples, ..., :2] = False  # the first prompt is shorter
     module = torch.nn.Module()
     module.layer_idx = 0  # type: ignore[assignment]
-    given = attention.Prompts([keys], [values], samples, left, {0: (own[0], own[1])})
+    given = attention.Prompts([keys], [values], samples, left)
     found, _ = attention.grouped_attention(module, query, *own, mask, prompts=given)
 
     alone = [torch.cat([p[left // samples], o], dim=2) for p, o in zip((keys, values), own, strict=True)]

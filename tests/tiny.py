@@ -50,7 +50,7 @@ def build_architecture(kind: str, folder: Path, tokenizer: Path, **settings: Any
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **shape, **special, initializer_range=0.2, **settings)
+            AutoConfig.for_model(kind, **{**shape, **special, "initializer_range": 0.2, **settings})
         )
     model.save_pretrained(folder)
     words.save_pretrained(folder)

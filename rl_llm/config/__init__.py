@@ -34,6 +34,7 @@ from rl_llm.errors import UserError, did_you_mean
 __all__ = [
     "MAY_CHANGE",
     "MUST_STAY",
+    "PROBE",
     "VERSIONS",
     "Aggregation",
     "AlgorithmConfig",
@@ -116,8 +117,8 @@ class RunConfig(Section):
         return write_yaml(self.to_dict())
 
 
-VERSIONS = "versions"
-"""What a run's config.yaml notes beside the config: the libraries it ran with."""
+VERSIONS, PROBE = "versions", "probe"
+"""What a run's config.yaml notes beside the config: the libraries it ran with, how far the policy is from its model."""
 
 
 def recipes() -> dict[str, Path]:
@@ -144,8 +145,8 @@ def read_config(source: str | Path) -> dict[str, Any]:
         raise UserError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{where}: sections such as 'task:' and 'rewards:' are needed, found {type(raw).__name__}")
-    # A section whose keys are all commented out has its defaults; a run's own config.yaml also notes versions.
-    return {name: {} if section is None else section for name, section in raw.items() if name != VERSIONS}
+    # A section whose keys are all commented out has its defaults; a run's own config.yaml also has notes.
+    return {name: {} if section is None else section for name, section in raw.items() if name not in (VERSIONS, PROBE)}
 
 
 def _find(source: str | Path) -> tuple[Path, str]:

@@ -6,12 +6,14 @@ import pyarrow.compute as pc
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import UserError
-from rl_llm.policies import policy_class
+from rl_llm.policies import CausalLM, policy_class
 from rl_llm.policies.folder import first_not_finite, generation_settings, savable, stored_weights, weight_files
+from rl_llm.policies.loading import read_architecture, unloadable
+from rl_llm.policies.probe import Probe, probe
 from rl_llm.policies.scratch import scratch_settings
 from rl_llm.tasks import Task
 
@@ -23,7 +25,7 @@ def architecture(policy: PolicyConfig) -> PreTrainedConfig:
     """The settings of the policy's model, given or to be built."""
     if policy.model is None:
         return scratch_settings(policy.scratch, policy.scratch.vocab_size, 0)
-    return AutoConfig.from_pretrained(policy.model)
+    return read_architecture(policy.model)
 
 
 def without_weights(policy: PolicyConfig) -> PreTrainedModel:
@@ -32,8 +34,10 @@ def without_weights(policy: PolicyConfig) -> PreTrainedModel:
     with init_empty_weights():
         try:
             model: PreTrainedModel = kind.auto_class.from_config(architecture(policy))
-        except (OSError, ValueError) as error:
-            raise UserError(f"policy.model {policy.model!r} cannot be loaded: {first_line(error)}") from None
+        except UserError:
+            raise
+        except Exception as error:  # what an architecture makes of its settings
+            raise unloadable(str(policy.model), error) from None
     kind.check_model(model)
     model.tie_weights()  # shared weights count once
     return model
@@ -57,6 +61,24 @@ def check_fit(
     return notes
 
 
+def probe_policy(config: RunConfig, parameters: int, task: Task) -> Probe | None:
+    """How far a given model's policy is from the model itself; None for a kind of the user's own.
+
+    A model from scratch is a Llama, which needs none.
+
+    Args:
+        parameters: how many the model has.
+        task: with tokens.
+
+    Raises:
+        UserError: too far, samples too long for the model, or it cannot be used at all.
+    """
+    kind, model = policy_class(config.policy), config.policy.model
+    if model is None or not issubclass(kind, CausalLM):
+        return None
+    return probe(kind, model, config.policy, parameters, _longest(task) + config.rollout.max_new_tokens)
+
+
 def saving_notes(model: PreTrainedModel, name: str) -> list[str]:
     """What the saved model will have other than the given one of this name. Raises `UserError` as loading it would."""
     if not model.can_generate():
@@ -64,7 +86,7 @@ def saving_notes(model: PreTrainedModel, name: str) -> list[str]:
     try:
         _, changed = savable(generation_settings(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"policy.model {name!r} cannot be loaded: {first_line(error)}") from None
+        raise unloadable(name, error) from None
     return [changed] if changed else []
 
 
@@ -95,7 +117,7 @@ def _check_positions(config: RunConfig, model: PreTrainedModel, task: Task, imit
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return []
-    longest = max(pc.max(pc.list_value_length(table["prompt_ids"])).as_py() for table in task.splits.values())
+    longest = _longest(task)
     written = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
     if imitates:
         written["warm_start.max_target_tokens"] = config.warm_start.max_target_tokens
@@ -109,6 +131,11 @@ def _check_positions(config: RunConfig, model: PreTrainedModel, task: Task, imit
     if _learned_positions(model, limit):
         raise UserError(f"{problem} learned; lower {' or '.join(dict.fromkeys((key, 'task.max_prompt_tokens')))}")
     return [f"{problem} been made for; what it writes beyond them may be poor"]
+
+
+def _longest(task: Task) -> int:
+    """Tokens of the longest prompt."""
+    return max(pc.max(pc.list_value_length(table["prompt_ids"])).as_py() for table in task.splits.values())
 
 
 def _learned_positions(model: PreTrainedModel, limit: int) -> bool:
@@ -128,10 +155,6 @@ def _check_weights(policy: PolicyConfig, model: PreTrainedModel) -> None:
     try:
         broken = first_not_finite((name, weight) for name, weight in stored_weights(folder) if name in names)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"policy.model {policy.model!r} cannot be loaded: {first_line(error)}") from None
+        raise unloadable(str(policy.model), error) from None
     if broken is not None:
         raise UserError(f"policy.model {policy.model!r}: the weight {broken} holds NaN or infinite values")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,13 +9,19 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from transformers.utils import logging as transformers_logging
 
 from rl_llm.columns import values_of
 from rl_llm.config import ComponentConfig, RunConfig, SplitConfig, TaskConfig, build_config, read_config
 from rl_llm.errors import UserError
-from rl_llm.launch.fit import check_fit, without_weights
-from rl_llm.launch.preflight import check_components, check_model, load_tokenizer, read_task, registered_here
+from rl_llm.launch.fit import check_fit, probe_policy, without_weights
+from rl_llm.launch.preflight import (
+    check_components,
+    check_model,
+    load_tokenizer,
+    quiet_libraries,
+    read_task,
+    registered_here,
+)
 from rl_llm.policies import SamplingParams, policy_class
 from rl_llm.rewards import Component, Scores
 from rl_llm.rewards.text import text_of
@@ -70,8 +76,6 @@ def _workers(
     idle = {"num_learners": 0} if components else {"num_learners": 0, "num_reward_workers": 0}
     resources = config.resources.model_copy(update=idle)
     config = config.model_copy(update={"resources": resources})
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     with connected(resources):
         workers = Workers(config, _model(config), components, functions, learns=False)
         try:
@@ -86,10 +90,12 @@ def _model(config: RunConfig) -> str:
 
 
 def _tokenize(config: RunConfig, task: Task, note: Note) -> None:
-    tokenizer = load_tokenizer(_model(config))
+    quiet_libraries()
+    tokenizer, model = load_tokenizer(_model(config)), without_weights(config.policy)
     task.tokenize(tokenizer, policy_class(config.policy).continues)
-    for line in check_fit(config, without_weights(config.policy), tokenizer, task, imitates=False):
+    for line in check_fit(config, model, tokenizer, task, imitates=False):
         note(line)
+    probe_policy(config, model.num_parameters(), task)
     if task.bad_rows:
         note(describe_bad_rows(task.bad_rows))
 

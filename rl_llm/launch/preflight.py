@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import PolicyConfig, RunConfig
 from rl_llm.errors import UserError
-from rl_llm.launch.fit import architecture, check_fit, first_line, saving_notes, without_weights
+from rl_llm.launch.fit import architecture, check_fit, probe_policy, saving_notes, without_weights
 from rl_llm.launch.origin import origin_of
 from rl_llm.launch.warm_start import base_path, cache_folder, needs_base
 from rl_llm.policies import policy_class
 from rl_llm.policies.base import freeze
+from rl_llm.policies.loading import first_line, read_architecture, tokenizer_source
+from rl_llm.policies.probe import Probe
 from rl_llm.rewards import Component, known
 from rl_llm.rollout.engines import engine_maker
 from rl_llm.runs.text import short
@@ -40,6 +43,7 @@ class Plan:
         tokenizer: the model's; None for one that is built with it.
         notes: what is no reason not to start, and good to know.
         origin: what the run is made from.
+        probe: of a given model; None where there is nothing to compare a policy with.
     """
 
     config: RunConfig
@@ -49,6 +53,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase | None
     notes: list[str]
     origin: Origin
+    probe: Probe | None
 
 
 def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], task: Task | None = None) -> Plan:
@@ -57,6 +62,7 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     Raises:
         UserError: unreadable data, an unknown component, a missing column or model, an impossible combination.
     """
+    quiet_libraries()
     check_algorithm(config)
     engine_maker(config.rollout.engine)
     tokenizer = check_model(config.policy)
@@ -69,12 +75,22 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     if needs_base(config) and not base_path(config, task).is_dir():
         refuse_unwritable(cache_folder(), "set RL_LLM_CACHE to a folder that can")
     model = without_weights(config.policy)
+    parameters = sum(p.numel() for p in model.parameters())
     notes: list[str] = []
     origin = origin_of(config, task, functions)  # of all rows, whichever will be too long
+    probed = None
     if tokenizer is not None:
         task.tokenize(tokenizer, policy_class(config.policy).continues)
         notes = [*check_fit(config, model, tokenizer, task, imitates), *saving_notes(model, str(config.policy.model))]
-    return Plan(config, task, functions, _parameters(config.policy, model), tokenizer, notes, origin)
+        probed = probe_policy(config, parameters, task)
+    counts = parameters, _trainable(config.policy, model)
+    return Plan(config, task, functions, counts, tokenizer, notes, origin, probed)
+
+
+def quiet_libraries() -> None:
+    """Models are loaded without the library's bars and warnings."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def refuse_unwritable(folder: Path, remedy: str) -> None:
@@ -151,7 +167,7 @@ def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
         return None
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"policy.model: {model} is no model folder (it has no config.json)")
         if not any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
             raise UserError(f"policy.model: {model} has no weights (*.safetensors or *.bin)")
@@ -159,6 +175,7 @@ def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
         raise UserError(
             f"policy.model: there is no folder {model}; give a Hugging Face folder or a Hub name owner/name"
         )
+    read_architecture(model)
     tokenizer = load_tokenizer(model)
     kind.check_tokenizer(tokenizer, model)
     return tokenizer
@@ -167,7 +184,7 @@ def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer. Raises `UserError` where it has none."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(tokenizer_source(model))
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(
             f"policy.model {model!r}: its tokenizer cannot be loaded: {first_line(error)}; "
@@ -175,11 +192,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def _parameters(policy: PolicyConfig, model: PreTrainedModel) -> tuple[int, int]:
-    """All parameters and the trainable ones, from the model's shape alone."""
-    total = sum(p.numel() for p in model.parameters())
+def _trainable(policy: PolicyConfig, model: PreTrainedModel) -> int:
+    """How many parameters train, from the model's shape alone."""
     frozen = freeze(model, policy, policy_class(policy).task_type)
-    return total, sum(p.numel() for p in frozen.parameters() if p.requires_grad)
+    return sum(p.numel() for p in frozen.parameters() if p.requires_grad)
 
 
 def describe(plan: Plan) -> list[str]:
@@ -196,6 +212,7 @@ def describe(plan: Plan) -> list[str]:
         *([f"warning    {overlap}"] if (overlap := task.overlap()) else []),
         f"policy     {source}: {short(total)} parameters, {short(trainable)} of them train ({config.policy.trainable})",
         *_first_prompt(plan),
+        *([f"probe      {plan.probe}"] if plan.probe else []),
         f"rewards    {weights} ({config.rewards.combine})",
         f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
         f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; "
@@ -249,7 +266,7 @@ def memory_estimate(config: RunConfig, parameters: tuple[int, int]) -> float:
     copied = algorithm.kl.coef > 0 and (config.policy.trainable != "lora" or algorithm.reference.refresh_every)
     reference = trainable * 4 * learners if copied else 0
     optimizer = 8 if config.learner.optimizer == "adamw" else 4 * (config.learner.momentum > 0)
-    settings = architecture(config.policy)
+    settings = architecture(config.policy).get_text_config()
     width, depth = settings.hidden_size, settings.num_hidden_layers
     tokens = min(
         config.learner.tokens_per_microbatch,

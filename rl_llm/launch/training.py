@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils import logging as transformers_logging
 
-from rl_llm.config import VERSIONS, RunConfig
+from rl_llm.config import PROBE, VERSIONS, RunConfig
 from rl_llm.errors import Interrupted, RunFailed
 from rl_llm.files import room_for, write_text
 from rl_llm.launch.controls import constant_reward
@@ -61,8 +60,6 @@ def run_training(
         RunFailed: the run could not go on. `summary.json` has the reason.
         Interrupted: SIGINT or SIGTERM; resume to go on.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     path = absolute(path)
     console = console or make_console()
     # The record is written before anybody is told.
@@ -104,7 +101,7 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         origin=plan.origin,
     )
     with opened as trainer:
-        _write_config(config, path)
+        _write_config(plan, path)
         # One of an earlier start would say of a run under way that it had ended.
         (path / "summary.json").unlink(missing_ok=True)
         _note_bad_rows(plan.task, path, followers)
@@ -190,7 +187,8 @@ def _note_bad_rows(task: Task, path: Path, followers: Callbacks) -> None:
         followers.message(f"bad rows   {describe_bad_rows(task.bad_rows)}; all in {path / 'bad_rows.jsonl'}")
 
 
-def _write_config(config: RunConfig, path: Path) -> None:
+def _write_config(plan: Plan, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    write_text(path / "config.yaml", config.to_yaml() + yaml.safe_dump({VERSIONS: versions}, sort_keys=False))
+    notes = {VERSIONS: versions, PROBE: asdict(plan.probe) if plan.probe else None}
+    write_text(path / "config.yaml", plan.config.to_yaml() + yaml.safe_dump(notes, sort_keys=False))

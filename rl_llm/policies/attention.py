@@ -5,17 +5,19 @@ key stand in one matrix with the positions, so keys stay as they are. And where 
 most pairs of tokens from each other: prompts and completions attend apart, so that hidden pairs are never computed.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rl_llm.errors import UserError
 from rl_llm.policies.packing import Blocks
 
 GROUPED = "rl_llm_grouped"
@@ -32,14 +34,12 @@ class Prompts:
         keys, values: by layer, [P, key heads, S, D].
         samples: how many rows each prompt has at the most.
         slots: int64 [R], where each row is among P * samples.
-        own: by layer, keys and values of the rows' own tokens as the cache last handed them out.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     samples: int
     slots: Tensor
-    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def gather(self, rows: Tensor) -> Tensor:
         """[R, key heads, M, X] -> [P, key heads, samples * M, X], zeros for rows that are no more."""
@@ -67,25 +67,15 @@ def grouped_attention(
 
     `blocks` says what `attention_mask` says of packed groups, in a form that spares the work. With `prompts`, keys and
     values are those of the tokens behind the prompt, and the mask is of both.
-
-    Raises:
-        UserError: the model wants more of attention than this, or reads its cache in a way of its own.
     """
+    if (heard := _listening.get()) is not None:
+        heard.hear(attention_mask)
     if attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    layer: Any = getattr(module, "layer_idx", None)
-    _refuse_unknown(module, attention_mask.shape[-1] if blocks is None else blocks.keys.shape[1], kwargs)
-    if prompts is None:
-        as_cached = key.shape[2] == attention_mask.shape[-1]
-    else:
-        # What lies with the prompts is what the cache was given, so the rest has to be what it gave back.
-        own_key, own_value = prompts.own[layer]
-        as_cached = key is own_key and value is own_value
-    if not as_cached:
-        raise UserError(f"{_model(module)} reads its cache in a way of its own, which is not supported; take another")
+    layer: Any = module.layer_idx
     # Under autocast rotated queries and keys are fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     with torch.autocast(query.device.type, enabled=False):
@@ -97,25 +87,56 @@ def grouped_attention(
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
-def _refuse_unknown(module: nn.Module, length: int, asked: dict[str, Any]) -> None:
-    """Raise `UserError` for what some models ask of attention beyond queries, keys, values and a mask."""
-    for name, what in (("softcap", "caps its scores"), ("s_aux", "has sinks"), ("position_bias", "has a bias")):
-        if asked.get(name) is not None:
-            raise UserError(f"{_model(module)} {what}, which is not supported; take another")
-    window = asked.get("sliding_window")
-    if window is not None and length > window:
-        raise UserError(
-            f"{_model(module)} sees the last {window} tokens only, and a prompt with its completion comes to {length}: "
-            "lower task.max_prompt_tokens or rollout.max_new_tokens, or take another model"
-        )
+@dataclass
+class _Listening:
+    """Masks made meanwhile with the lengths they are for, and which of these came to attention."""
+
+    made: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    windows: set[int] = field(default_factory=set)
+
+    def hear(self, mask: Tensor | None) -> None:
+        own = [window for made, window in self.made if made is mask]
+        # A mask that a model has worked on may be any of them.
+        self.windows.update(w for w in own or [window for _, window in self.made] if w is not None)
 
 
-def _model(module: nn.Module) -> str:
-    config: Any = getattr(module, "config", None)
-    return f"policy.model: the attention of {getattr(config, 'model_type', type(module).__name__)}"
+_listening: ContextVar[_Listening | None] = ContextVar("listening", default=None)
+
+
+def _mask(*args: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+    """The library's own mask."""
+    heard = _listening.get()
+    skip = allow_is_causal_skip and heard is None
+    mask: Tensor | None = sdpa_mask(*args, local_size=local_size, allow_is_causal_skip=skip, **kwargs)
+    if heard is not None and mask is not None:
+        heard.made.append((mask, local_size))
+    return mask
+
+
+AttentionMaskInterface.register(GROUPED, _mask)
+
+
+@contextlib.contextmanager
+def windows_used() -> Iterator[set[int]]:
+    """The lengths, in tokens, of the windows and chunks that masks of attention have meanwhile.
+
+    The masks of packed groups have no window: samples may not be longer. What attention is told of windows beside its
+    mask does not count, nor does it for the library's own.
+    """
+    heard = _Listening()
+    token = _listening.set(heard)
+    try:
+        yield heard.windows
+    finally:
+        _listening.reset(token)
+
+
+def attention_of(model: PreTrainedModel) -> dict[str, str]:
+    """The attention that a model and its parts have now, as `set_attn_implementation` takes it."""
+    parts = {"": model.config, **{name: getattr(model.config, name) for name in model.config.sub_configs}}
+    return {name: part._attn_implementation for name, part in parts.items() if part is not None}
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, dropout: float) -> Tensor:

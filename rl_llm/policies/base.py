@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,14 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
+from rl_llm.policies.checkpointing import checkpointed, enable_checkpointing
 from rl_llm.policies.folder import DTYPES, first_not_finite, in_dtype, savable, stored_dtype
+from rl_llm.policies.loading import load_model, read_architecture, tokenizer_source, unloadable
 from rl_llm.policies.memory import keep_freed_memory
 from rl_llm.policies.packing import PackedRow
 from rl_llm.policies.sampling import SamplingParams
@@ -94,32 +97,47 @@ class Policy(ABC):
     tokenizer: PreTrainedTokenizerBase
     trainable: dict[str, nn.Parameter]
 
-    def __init__(self, folder: str | Path, config: PolicyConfig) -> None:
-        """Load from a Hugging Face folder or Hub name. Raises `UserError` if there is no such model."""
+    def __init__(
+        self,
+        folder: str | Path,
+        config: PolicyConfig,
+        architecture: PreTrainedConfig | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Load from a folder (Hugging Face's, or `peft`'s of an adapter, which is merged) or a Hub name.
+
+        Args:
+            architecture: settings in place of the folder's own, such as those with fewer layers.
+            device: where it is; without it a GPU if there is one.
+
+        Raises:
+            UserError: there is no such model, or this kind cannot use it.
+        """
         self.config = config
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             keep_freed_memory()
+        settings = architecture or read_architecture(str(folder))
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            model: PreTrainedModel = self.auto_class.from_pretrained(str(folder), dtype=torch.float32)
-            # A base that was made of the model says nothing of how that is stored.
-            self.save_dtype = DTYPES.get(config.save_dtype) or stored_dtype(config.model or folder)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"policy.model {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(str(folder)))
+        except (OSError, ValueError) as error:
+            raise unloadable(str(folder), error) from None
+        model = load_model(self.auto_class, str(folder), settings)
+        # A base that was made of the model says nothing of how that is stored.
+        self.save_dtype = DTYPES.get(config.save_dtype) or stored_dtype(config.model or folder)
         self.check_tokenizer(self.tokenizer, str(folder))
         self.check_model(model)
-        self.prepare(model)
         model.to(self.device).eval()
         broken = first_not_finite(model.named_parameters())
         if broken is not None:
             raise UserError(f"policy.model {str(folder)!r}: the weight {broken} holds NaN or infinite values")
         if model.can_generate():
             model.generation_config, _ = savable(model.generation_config)
+        self.prepare(model)
         self.model = freeze(model, config, self.task_type)
         self.trainable = trainable_parameters(self.model)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         self.autocast_dtype = torch.bfloat16 if wants_bf16(config.precision, self.device) else None
 
     # What a kind of policy says.
@@ -133,7 +151,7 @@ class Policy(ABC):
         """Raise `UserError` for an architecture that this kind cannot use; asked before anything starts."""
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Make of a loaded model what this kind needs, before it is frozen and wrapped."""
+        """Make of a loaded model what this kind needs, and learn what it has to know of it; before it is wrapped."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[np.ndarray], sample_ids: np.ndarray, params: SamplingParams) -> Actions:
@@ -174,7 +192,8 @@ class Policy(ABC):
 
     @property
     def hidden_size(self) -> int:
-        return int(self.unwrapped.config.hidden_size)
+        """The width of `Forward.states`."""
+        return int(self.unwrapped.config.get_text_config().hidden_size)
 
     def clone(self) -> "Policy":
         """A second policy with weights of its own where this one learns; what is frozen is shared."""
@@ -186,14 +205,16 @@ class Policy(ABC):
 
     @contextlib.contextmanager
     def training(self, dropout: float) -> Iterator[None]:
-        """Gradients, and train mode with this dropout where that or gradient checkpointing needs it; acting is always
-        without."""
-        # A model's own dropout cannot act in eval mode, however its modules keep it.
-        if dropout > 0 or self.config.gradient_checkpointing:
+        """Gradients; train mode with this dropout, eval mode with none; layers checkpointed where configured."""
+        recomputing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if dropout > 0:
+            # A model's own dropout cannot act in eval mode, however its modules keep it.
             _set_dropout(self.model, dropout)
             self.model.train()
+        elif self.config.gradient_checkpointing:
+            recomputing = checkpointed(self.model)
         try:
-            with torch.enable_grad():
+            with recomputing, torch.enable_grad():
                 yield
         finally:
             self.model.eval()
@@ -250,7 +271,7 @@ class Policy(ABC):
         model: Any = self.model
         if self.config.trainable == "lora":
             # Merging in place and taking it out again would change the weights by a rounding.
-            model = copy.deepcopy(model).merge_and_unload()
+            model = _untied(copy.deepcopy(model)).merge_and_unload()
         in_dtype(model, dtype or self.save_dtype).save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
@@ -261,12 +282,13 @@ def freeze(model: PreTrainedModel, config: PolicyConfig, task_type: str) -> nn.M
     Raises:
         UserError: the model has fewer layers, or nothing that an adapter could be put on.
     """
+    wrapped: nn.Module = model
     if config.trainable == "last_layers":
         model.requires_grad_(False)
-        depth = model.config.num_hidden_layers
+        depth = model.config.get_text_config().num_hidden_layers
         if config.last_layers > depth:
             raise UserError(f"policy.last_layers {config.last_layers}: the model has {depth} layers")
-        layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        layers = next(m for m in text_part(model).modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
         for layer in layers[-config.last_layers :]:
             layer.requires_grad_(True)
     elif config.trainable == "lora":
@@ -275,12 +297,43 @@ def freeze(model: PreTrainedModel, config: PolicyConfig, task_type: str) -> nn.M
         lora = config.lora
         settings = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type=task_type)
         # The adapter's random half must not differ between the processes of a run.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(0)
+            # What it fears of an adapter on tied weights is seen to where they are saved.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
             try:
-                return peft.get_peft_model(model, settings).eval()
+                wrapped = peft.get_peft_model(model, settings).eval()
             except ValueError as error:
                 raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
+    if model.config.get_text_config() is not model.config:
+        # What reads images or sound has no part in text: it would never learn.
+        text = {id(p) for part in (text_part(model), model.get_output_embeddings()) for p in part.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(p.requires_grad and id(p) in text)
+    return wrapped
+
+
+def text_part(model: PreTrainedModel) -> nn.Module:
+    """The trunk that reads and writes text: all of it in most models, one of several in those that see or hear too."""
+    part: nn.Module = model if model.config.get_text_config() is model.config else model.get_decoder()
+    return part
+
+
+def _untied(model: Any) -> Any:
+    """A `peft` model in which no weight that an adapter is on stands in a second place.
+
+    Merged into a weight that input embeddings and head share, an adapter on one would change the other as well.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    weights = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            inner: Any = module.get_base_layer()
+            if weights[id(inner.weight)] > 1:
+                inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+                settings = model.get_base_model().config
+                settings.tie_word_embeddings = settings.get_text_config().tie_word_embeddings = False
     return model
 
 

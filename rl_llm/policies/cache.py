@@ -1,7 +1,6 @@
 """A key-value cache made for groups: prompts are read and kept once for all their samples, tokens written in place."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,12 +80,6 @@ class GroupCache(Cache):
         rows = len(first) * samples
         keys, values = zip(*(layer.begin(rows, room) for layer in self._group_layers), strict=True)
         self.prompts = Prompts(list(keys), list(values), samples, torch.arange(rows, device=first.device))
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        given = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.prompts is not None:
-            self.prompts.own[layer_idx] = given
-        return given
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""

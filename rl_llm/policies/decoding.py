@@ -52,7 +52,7 @@ class Decoding:
 
     def run(self) -> None:
         params, device = self.params, self.model.device
-        cache = GroupCache(self.model.config.num_hidden_layers)
+        cache = GroupCache(self.model.config.get_text_config().num_hidden_layers)
         ids, real = left_pad(self.prompts, self.tokenizer.eos_token_id)
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         logits = self._forward(ids.to(device), prefill_mask(real).to(device), positions.to(device), cache)

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from rl_llm.policies.loading import adapter_base, read_architecture
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -20,7 +22,7 @@ def stored_dtype(model: str | Path) -> torch.dtype:
 
     fp32 where that is none that weights are trained and saved in, such as those of quantised ones.
     """
-    config = AutoConfig.from_pretrained(str(model))
+    config = read_architecture(str(model))
     dtype = config.dtype or config.get_text_config().dtype
     if dtype is None:
         dtype = next((tensor.dtype for _, tensor in stored_weights(Path(model)) if tensor.is_floating_point()), None)
@@ -75,7 +77,11 @@ def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def generation_settings(model: str | Path) -> GenerationConfig:
-    """A model's generation settings as `transformers` loads them. Raises `OSError` where there are none."""
+    """Generation settings as `transformers` loads them; of an adapter, those of its model.
+
+    Raises `OSError` where there are none.
+    """
+    model = adapter_base(str(model)) or model
     try:
         return GenerationConfig.from_pretrained(model)
     except OSError:
