@@ -173,6 +173,16 @@ def test_dry_run_names_bad_rows(command: Command) -> None:
     assert "1 bad row: task.jsonl:49: empty prompt" in said.out
 
 
+def test_dry_run_and_evaluate_tell_of_prompts_on_both_sides(command: Command) -> None:
+    rows = read_jsonl(Path("task.jsonl"))
+    Path("task.jsonl").write_text("".join(json.dumps({**row, "text": rows[0]["text"]}) + "\n" for row in rows))
+    said = command("train", "own.yaml", "--dry-run")
+    assert "\nwarning    " in said.out
+    assert " test rows have a prompt that is in train too, so they are not held out; task.split.by: prompt" in said.out
+    said = command("evaluate", "model", "--config", "own.yaml", "rollout.max_new_tokens=1")
+    assert " test rows have a prompt that is in train too" in said.err
+
+
 @pytest.mark.parametrize("recipe", ["quickstart", "article"])
 def test_packaged_recipes_that_need_no_file_pass_a_dry_run(command: Command, recipe: str) -> None:
     said = command("train", recipe, "task.rows=50", "--dry-run")

@@ -19,6 +19,7 @@ from task_factory import all_rows, as_lines, config, reasons, write_lines
 
 from rl_llm.columns import JSON, values_of
 from rl_llm.config import ComponentConfig
+from rl_llm.errors import UserError
 from rl_llm.rewards import Component
 from rl_llm.table import FIELD, make_shard, reward_inputs
 from rl_llm.tasks import Task, load_task, task_from_rows
@@ -263,3 +264,10 @@ def test_frames_are_data() -> None:
     mixed = pd.DataFrame({"text": ["a", 1, *map(str, range(SIZE))]})
     found = reasons(task_from_rows(mixed, config()))
     assert found[2] == "column 'text' holds a number (1), where other rows hold text"
+
+
+def test_frames_whose_columns_have_no_names_of_their_own_are_refused() -> None:
+    with pytest.raises(UserError, match="the column name 0 is not text; rename the columns"):
+        task_from_rows(pd.DataFrame([["a", "b"]]), config())
+    with pytest.raises(UserError, match="two columns named 'text'"):
+        task_from_rows(pd.DataFrame([["a", "b"]], columns=["text", "text"]), config())
