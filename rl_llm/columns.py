@@ -51,9 +51,11 @@ def normal_column(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
     for kind in [_normal(column.type, small_float) for small_float in (pa.string(), pa.float64())]:
         if kind != column.type and _is_simple(kind):
             column = column.cast(kind)
-    flat = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-    infinite = pa.types.is_floating(flat.type) and not pc.all(pc.is_finite(flat)).as_py()
-    return column if _is_simple(column.type) and not infinite else column_of([plain(v) for v in values_of(column)])
+    if _is_simple(column.type):
+        flat = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if not pa.types.is_floating(flat.type) or pc.all(pc.is_finite(flat)).as_py():
+            return column
+    return column_of([plain(value) for value in values_of(column)])
 
 
 def _of_one_type(values: list[Any]) -> bool:

@@ -131,19 +131,19 @@ def shard(fields: list[dict[str, Any]]) -> pa.Table:
     return pa.table({**same, **columns})
 
 
-class Counting:
+class Columns:
     def __call__(self, completions: list[str], **columns: Any) -> list[float]:
-        return [float(len(columns))] * len(completions)
+        return [float("self" not in columns and "this" in columns)] * len(completions)
 
     def method(this, completions: list[str], **columns: Any) -> list[float]:
         return [float("self" in columns)] * len(completions)
 
 
-@pytest.mark.parametrize("reward", [Counting, Counting()])
+@pytest.mark.parametrize("reward", [Columns, Columns()])
 def test_a_column_called_self_is_not_passed_to_a_class(reward: Any) -> None:
     table = shard([{"self": "x", "this": "y"}])
     scores = Component("mine", ComponentConfig(use="function:mine"), reward).score(table)
-    assert (scores.errors, scores.values) == ([], [3.0])  # prompts, completion_ids, this
+    assert (scores.errors, scores.values) == ([], [1.0])
 
 
 def test_a_column_called_self_is_passed_to_what_can_take_it() -> None:
@@ -153,5 +153,5 @@ def test_a_column_called_self_is_passed_to_what_can_take_it() -> None:
     table = shard([{"self": "x", "this": "y"}])
     config = ComponentConfig(use="function:mine")
     assert Component("mine", config, mine).score(table).values == [1.0]
-    assert Component("mine", config, Counting().method).score(table).values == [1.0]
-    assert parameters_of(Counting().method).own == "this"
+    assert Component("mine", config, Columns().method).score(table).values == [1.0]
+    assert parameters_of(Columns().method).own == "this"
