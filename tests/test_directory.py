@@ -143,7 +143,7 @@ def test_neither_a_forked_child_nor_who_lost_it_gives_a_lock_back(tmp_path: Path
 
 def test_a_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="Not a directory; name another"), locked(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match=r"Not a directory\); name another"), locked(tmp_path / "file" / "run"):
         pass
 
 

@@ -205,7 +205,7 @@ def _refusing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise
-        raise UserError(f"--output {path}: {error.strerror}; name another directory") from None
+        raise UserError(f"{path} cannot be written to ({error.strerror}); name another --output") from None
 
 
 def _remove_empty(path: Path) -> None:
