@@ -13,7 +13,7 @@ import pytest
 import tiny
 from conftest import Tiny
 
-import rl_llm
+import rl_llm.api
 from rl_llm import cli
 from rl_llm.errors import UserError
 from rl_llm.runs import directory
@@ -173,7 +173,7 @@ def test_both_faces_start_in_a_directory_of_their_own(
         monkeypatch.setattr(f"{place}.run_training", stop)
     (tmp_path / "own.yaml").write_text(tiny_run.config().to_yaml())
     with pytest.raises(UserError, match="not now"):
-        rl_llm.train(recipe=tmp_path / "own.yaml")
+        rl_llm.api.train(recipe=tmp_path / "own.yaml")
     with pytest.raises(UserError, match="not now"):
         cli.app(["train", "own.yaml"], standalone_mode=False)
     assert taken == [("runs", True)] * 2

@@ -153,7 +153,7 @@ def test_broken_files_count_as_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [kwargs["id"] for _, kwargs in tracker.named("init")] == [None]
     assert [kwargs["run_id"] for _, kwargs in tracker.named("start_run")] == [None]
     (run / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=r"config\.yaml is broken"):
+    with pytest.raises(UserError, match=r"config\.yaml: sections"):
         _ = Run(run).config
 
 

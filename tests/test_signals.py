@@ -121,7 +121,7 @@ def test_children_of_a_reward_worker_end_as_they_are_told(monkeypatch: pytest.Mo
     assert signal.getsignal(signal.SIGTERM) is rays_own
 
 
-@pytest.mark.parametrize("when", [2, 3])
+@pytest.mark.parametrize("when", [1, 2])
 def test_a_run_asked_to_stop_at_any_moment_between_two_steps_saves(
     tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
 ) -> None:
