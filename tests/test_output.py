@@ -93,7 +93,7 @@ def test_a_run_without_a_console_is_the_same_run_and_a_step_is_saved_before_it_i
 
     def match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
         print("scoring", flush=True)
-        return tiny_rewards.match(completions, colour)
+        return tiny_rewards.match(completions, colour, **columns)
 
     components = {
         "match": {"use": "function:match"},
