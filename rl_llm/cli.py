@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
-import rich
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from rl_llm.errors import RunFailed, UserError
+from rl_llm.errors import RunFailed, UserError, on_the_command_line
 from rl_llm.files import room_for
 from rl_llm.process import absolute
+from rl_llm.runs.console import terminal
 from rl_llm.runs.output import shielded
 
 app = typer.Typer(
@@ -81,7 +81,7 @@ def train(
             command = shlex.join(["rl-llm", "train", source, *(overrides or []), "--output", str(path), "--resume"])
             print(f"{stopped} in {path}; go on with: {command}")
             raise typer.Exit(130) from None
-    rich.print(run.table())
+    terminal().print(run.table())
     print(f"run {run.path}  model {run.model}  report {run.path / 'report.html'}")
 
 
@@ -135,7 +135,7 @@ def replay(
     """Weigh a run's stored rollouts anew: whose advantage would have changed sign, what would have been preferred."""
     from rl_llm.runs.replay import replay as run_replay
 
-    rich.print(run_replay(run, _weights(weights)))
+    terminal().print(run_replay(run, _weights(weights)))
 
 
 @app.command()
@@ -196,7 +196,7 @@ def _show(titles: list[str], rows: Iterable[list[str]]) -> None:
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    rich.print(table)
+    terminal().print(table)
 
 
 def _note(text: str) -> None:
@@ -258,8 +258,11 @@ def _run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Without a network the Hub's client would announce each of its tries.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not terminal().is_terminal:
+        app.rich_markup_mode = None  # typer's own output believes FORCE_COLOR
     try:
-        app()
+        with on_the_command_line():
+            app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

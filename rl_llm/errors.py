@@ -1,7 +1,8 @@
 """Errors that the person running a job can act on."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -14,6 +15,27 @@ class RunFailed(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """Somebody asked the run to stop (SIGINT, SIGTERM); its state is saved."""
+
+
+_command_line = False
+
+
+@contextlib.contextmanager
+def on_the_command_line() -> Iterator[None]:
+    """Within, messages name options as commands take them, and not as Python does."""
+    global _command_line
+    before, _command_line = _command_line, True
+    try:
+        yield
+    finally:
+        _command_line = before
+
+
+def option(name: str, value: str = "") -> str:
+    """An option as the caller writes it: `--resume` in a command; in Python `resume=True`, or its name alone."""
+    if _command_line:
+        return f"--{name}"
+    return f"{name}={value}" if value else name
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

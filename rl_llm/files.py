@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rl_llm.errors import RunFailed, UserError
+from rl_llm.errors import RunFailed, UserError, option
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -51,7 +51,7 @@ def free_name(path: Path) -> Path:
 
 
 @contextmanager
-def room_for(path: Path | str, then: str = "go on with --resume") -> Iterator[None]:
+def room_for(path: Path | str, then: str | None = None) -> Iterator[None]:
     """Raises `RunFailed`, which says what to do, where the disk turns out to be full while `path` is written."""
     try:
         yield
@@ -61,6 +61,7 @@ def room_for(path: Path | str, then: str = "go on with --resume") -> Iterator[No
         if not _full(error):
             raise
         where = getattr(error, "filename", None) or path
+        then = then or f"go on with {option('resume', 'True')}"
         raise RunFailed(f"disk full: no room to write {where}; free room, then {then}") from error
 
 

@@ -24,6 +24,14 @@ SMALL: dict[str, Any] = {
 }
 
 
+class Locked:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+
 async def slow_match(completions: list[str], colour: list[str], **columns: Any) -> list[float]:
     await asyncio.sleep(0)
     return tiny_rewards.match(completions, colour, **columns)
@@ -54,6 +62,32 @@ def test_another_thread_trains(tiny_run: Tiny, tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert runs[0].status == "finished"
+
+
+def test_two_threads_do_not_train_at_once(tiny_run: Tiny, tmp_path: Path) -> None:
+    """The second is refused before anything starts, and the first goes on; a run within a run is none of these."""
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            rl_llm.train(tiny_run.policy, tiny_run.data, tiny_rewards.match, output=tmp_path / "second", **SMALL)
+        except rl_llm.UserError as error:
+            refused.append(str(error))
+
+    class Meanwhile(rl_llm.Callback):
+        def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
+            if metrics["step"] == 1:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+
+    run = rl_llm.train(
+        tiny_run.policy, tiny_run.data, tiny_rewards.match, output=tmp_path / "run", callbacks=[Meanwhile()], **SMALL
+    )
+    assert run.status == "finished"
+    [line] = refused
+    assert line.startswith("another thread of this process has a run under way; wait for its end")
+    assert not (tmp_path / "second").exists()
 
 
 def test_rows_and_functions_given_in_python_train_as_their_file_and_module_do(tiny_run: Tiny, tmp_path: Path) -> None:
@@ -124,6 +158,13 @@ def test_the_command_line_says_that_it_lacks_what_python_gave(
         (lambda **base: rl_llm.train(**{**base, "dataset": {"train": []}}), "pass one split of it"),
         (lambda **base: rl_llm.train(**{**base, "dataset": []}), "there are no rows"),
         (lambda **base: rl_llm.train(**base, recipe="synopsys"), "did you mean 'synopsis'?"),
+        (
+            lambda **base: rl_llm.train(
+                **{**base, "rewards": Locked()}, task={"prompt": "{text}"}, resources={"num_reward_workers": 1}
+            ),
+            "component 'Locked' cannot be sent to reward workers (TypeError: cannot pickle '_thread.lock' object): "
+            "have it open what it holds in the setup() of a class, or set resources.num_reward_workers=0",
+        ),
     ],
 )
 def test_a_call_that_cannot_be(tiny_run: Tiny, tmp_path: Path, call: Callable[..., Any], expected: str) -> None:
@@ -131,3 +172,20 @@ def test_a_call_that_cannot_be(tiny_run: Tiny, tmp_path: Path, call: Callable[..
         call(model=tiny_run.policy, dataset=tiny.rows(), rewards=tiny_rewards.match, output=tmp_path / "run")
     assert expected in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_messages_speak_python(tiny_run: Tiny, tmp_path: Path) -> None:
+    given = {"model": tiny_run.policy, "dataset": tiny_run.data, "rewards": "tiny_rewards:match", **SMALL}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").touch()
+    for output, expected in (
+        (tiny_run.undisturbed, "holds a run already; add resume=True to go on with it, or name another output"),
+        (tmp_path / "other", f"output {tmp_path / 'other'} exists and is no run directory"),
+    ):
+        with pytest.raises(rl_llm.UserError) as caught:
+            rl_llm.train(output=output, **given)
+        assert expected in str(caught.value)
+    with pytest.raises(rl_llm.UserError, match=r"another config.*name another output$"):
+        rl_llm.train(output=tiny_run.undisturbed, resume=True, **given)
+    with pytest.raises(rl_llm.UserError, match="give the output of a run"):
+        rl_llm.load_run(tmp_path)

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,6 +90,52 @@ def test_a_broken_model_folder_is_refused(
     assert expected in said.err
     assert len(said.err.splitlines()) == 1
     assert not Path("run").exists()
+
+
+def odd_model(folder: Path, tiny_run: Tiny) -> None:
+    """A folder whose model is of an architecture that is defined in the folder alone."""
+    shutil.copytree(tiny_run.policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "odd_of_a_test", "architectures": ["OddForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "configuration_odd.Odd", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_odd.py").write_text("raise SystemExit('this code has been run')")
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_its_remedy_works(command: Command, tiny_run: Tiny) -> None:
+    odd_model(Path("odd"), tiny_run)
+    error = refused(command, "train", "own.yaml", "policy.model=odd", "--dry-run")
+    assert "comes with code of its own, which is not run; have a module of yours register its classes" in error
+    Path("my_odd_of_a_test.py").write_text(
+        "from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM\n"
+        "from rl_llm.policies import CausalLM\n"
+        "class Odd(LlamaConfig):\n    model_type = 'odd_of_a_test'\n"
+        "class OddForCausalLM(LlamaForCausalLM):\n    config_class = Odd\n"
+        "AutoConfig.register('odd_of_a_test', Odd)\nAutoModelForCausalLM.register(Odd, OddForCausalLM)\n"
+        "class Mine(CausalLM):\n    pass\n"
+    )
+    mine = ["policy.model=odd", "policy.type=my_odd_of_a_test:Mine"]
+    said = command("train", "own.yaml", *mine, "trainer.steps=1", "evaluation.test_prompts=2", "--output", "run")
+    assert (said.code, said.err) == (0, "")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = refused(command, "train", "own.yaml", "policy.model=owner/model-of-nobody", "--dry-run")
+    assert "is not in the Hub's cache here, and the Hub cannot be reached; give the folder of a copy" in error
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    error = refused(command, "train", "own.yaml", "task.data=hub:owner/data-of-nobody", "--dry-run")
+    assert "task.data: could not load hub:owner/data-of-nobody" in error
+    assert "or give a file" in error
+
+
+def test_what_is_no_terminal_gets_plain_text(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    for arguments in (["rewards", "list"], ["rewards", "--help"], ["trian"]):
+        said = command(*arguments)
+        assert said.out + said.err
+        assert "\x1b" not in said.out + said.err
 
 
 def test_resume_needs_to_know_what(command: Command) -> None:

@@ -101,7 +101,7 @@ def test_learner_that_does_not_see_the_run_directory_is_refused(
     see = Learner.see
     other = tmp_path / "a folder of the same name on another node"
     monkeypatch.setattr(Learner, "see", lambda learner, mark: see(learner, other / mark.name))
-    with pytest.raises(UserError, match=r"does not see .*another node.*--output on storage that all nodes share"):
+    with pytest.raises(UserError, match=r"does not see .*another node.*name an output on storage that all nodes share"):
         tiny.train(tiny_run.config(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

@@ -84,7 +84,7 @@ def test_a_line_for_which_there_is_no_room_is_not_begun(tmp_path: Path) -> None:
     ids=["python", "quota", "arrow", "safetensors"],
 )
 def test_every_full_disk_is_named_with_its_remedy(error: Exception) -> None:
-    expected = "disk full: no room to write runs/a; free room, then go on with --resume"
+    expected = "disk full: no room to write runs/a; free room, then go on with resume=True"
     with pytest.raises(RunFailed, match=expected), room_for(Path("runs/a")):
         raise error
     with pytest.raises(RunFailed, match="no room to write /tmp/spill"), room_for(Path("runs/a")):
@@ -112,7 +112,7 @@ def test_a_run_whose_disk_is_full_goes_on_once_there_is_room(
         patch.setattr("rl_llm.learner.learner.save_file", full)
         with pytest.raises(RunFailed) as failed:
             tiny.train(tiny_run.config(), path)
-    assert str(failed.value) == f"disk full: no room to write {path}; free room, then go on with --resume"
+    assert str(failed.value) == f"disk full: no room to write {path}; free room, then go on with resume=True"
     assert Run(path).summary["reason"] == str(failed.value)
     assert not list(path.rglob("*.partial"))
     with monkeypatch.context() as patch:

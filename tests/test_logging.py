@@ -339,6 +339,19 @@ def test_the_console_is_live_only_in_a_terminal(monkeypatch: pytest.MonkeyPatch)
     assert not isinstance(make_console(terminal(force_terminal=True)), LiveConsole)
 
 
+@pytest.mark.parametrize(
+    ("isatty", "term", "live"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
+def test_colours_are_for_terminals_whatever_is_forced(
+    monkeypatch: pytest.MonkeyPatch, isatty: bool, term: str, live: bool
+) -> None:
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: isatty, closed=False, write=len, flush=list))
+    for name, value in (("TERM", term), ("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1")):
+        monkeypatch.setenv(name, value)
+    assert isinstance(make_console(), LiveConsole) == live
+
+
 def test_a_debugger_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "gettrace", lambda: print)
     assert not isinstance(make_console(terminal(force_terminal=True)), LiveConsole)

@@ -187,7 +187,7 @@ def test_resume_with_another_config_is_refused_by_key(tiny_run: Tiny, tmp_path: 
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match=r"learner\.lr: 0\.01 -> 0\.02; rollout\.top_k: 0 -> 5"):
         tiny.train(tiny_run.config(learner={"lr": 2e-2}, rollout={"top_k": 5}), path, resume=True)
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match="resume=True"):
         tiny.train(tiny_run.config(), path)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 

@@ -30,8 +30,10 @@ from rl_llm.config.task import SplitConfig, TaskConfig
 from rl_llm.config.trainer import CheckpointConfig, LoggingConfig, TrainerConfig
 from rl_llm.config.yaml12 import read_yaml, write_yaml
 from rl_llm.errors import UserError, did_you_mean
+from rl_llm.imports import look_in
 
 __all__ = [
+    "IMPORTS",
     "MAY_CHANGE",
     "MUST_STAY",
     "PROBE",
@@ -117,8 +119,9 @@ class RunConfig(Section):
         return write_yaml(self.to_dict())
 
 
-VERSIONS, PROBE = "versions", "probe"
-"""What a run's config.yaml notes beside the config: the libraries it ran with, how far the policy is from its model."""
+VERSIONS, IMPORTS, PROBE = "versions", "imports", "probe"
+"""What a run's config.yaml notes beside the config: the libraries it ran with, where modules of the user's were looked
+for, how far the policy is from its model."""
 
 
 def recipes() -> dict[str, Path]:
@@ -137,7 +140,10 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The plain mapping in a YAML file or recipe, for `build_config`. Raises `UserError` where there is none."""
+    """The plain mapping in a YAML file or recipe, for `build_config`; modules that it names may lie beside the file.
+
+    Raises `UserError` where there is none.
+    """
     path, where = _find(source)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
@@ -145,8 +151,11 @@ def read_config(source: str | Path) -> dict[str, Any]:
         raise UserError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{where}: sections such as 'task:' and 'rewards:' are needed, found {type(raw).__name__}")
+    if path == Path(source):
+        look_in(path.parent, *raw.get(IMPORTS) or [])
     # A section whose keys are all commented out has its defaults; a run's own config.yaml also has notes.
-    return {name: {} if section is None else section for name, section in raw.items() if name not in (VERSIONS, PROBE)}
+    notes = (VERSIONS, IMPORTS, PROBE)
+    return {name: {} if section is None else section for name, section in raw.items() if name not in notes}
 
 
 def _find(source: str | Path) -> tuple[Path, str]:

@@ -17,7 +17,7 @@ from rl_llm.launch.origin import origin_of
 from rl_llm.launch.warm_start import base_path, cache_folder, needs_base
 from rl_llm.policies import policy_class
 from rl_llm.policies.base import freeze
-from rl_llm.policies.loading import first_line, read_architecture, tokenizer_source
+from rl_llm.policies.loading import read_architecture, tokenizer_source, unloadable
 from rl_llm.policies.probe import Probe
 from rl_llm.rewards import Component, known
 from rl_llm.rollout.engines import engine_maker
@@ -158,6 +158,22 @@ def check_components(config: RunConfig, functions: Mapping[str, Callable[..., An
             if found := built.misread(table):
                 row, problem = found
                 raise UserError(f"{task.place(table['prompt_id'][row].as_py())}: {problem}")
+    if config.resources.num_reward_workers:
+        for name, function in functions.items():
+            _check_it_travels(name, function)
+
+
+def _check_it_travels(name: str, function: Callable[..., Any]) -> None:
+    """Raise `UserError` where a component cannot be sent to reward workers."""
+    import ray.cloudpickle
+
+    try:
+        ray.cloudpickle.dumps(function)
+    except Exception as error:  # whatever an object's own way of being pickled raises
+        raise UserError(
+            f"component {name!r} cannot be sent to reward workers ({type(error).__name__}: {error}): have it open what "
+            "it holds in the setup() of a class, or set resources.num_reward_workers=0"
+        ) from None
 
 
 def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
@@ -184,12 +200,10 @@ def check_model(policy: PolicyConfig) -> PreTrainedTokenizerBase | None:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer. Raises `UserError` where it has none."""
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_source(model))
+        return AutoTokenizer.from_pretrained(tokenizer_source(model), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise UserError(
-            f"policy.model {model!r}: its tokenizer cannot be loaded: {first_line(error)}; "
-            "tokenizer.json and tokenizer_config.json belong to the model"
-        ) from None
+        remedy = "tokenizer.json and tokenizer_config.json belong to the model"
+        raise unloadable(model, error, "its tokenizer", remedy) from None
 
 
 def _trainable(policy: PolicyConfig, model: PreTrainedModel) -> int:

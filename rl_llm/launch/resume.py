@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rl_llm.config import MAY_CHANGE, MUST_STAY, RunConfig, build_config
-from rl_llm.errors import UserError
+from rl_llm.errors import UserError, option
 from rl_llm.files import free_name
 from rl_llm.launch.preflight import Plan, refuse_unwritable
 from rl_llm.runs import checkpoint
@@ -28,7 +28,7 @@ def refuse_foreign(path: Path) -> None:
         return
     left = {entry.name for entry in path.iterdir() if not entry.name.startswith(MARK)} if path.is_dir() else {""}
     if not left <= UNBORN:
-        raise UserError(f"--output {path} exists and is no run directory; name another one")
+        raise UserError(f"{option('output')} {path} exists and is no run directory; name another one")
 
 
 def find_checkpoint(plan: Plan, path: Path, resume: bool) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -39,10 +39,11 @@ def find_checkpoint(plan: Plan, path: Path, resume: bool) -> tuple[Path | None, 
     """
     refuse_foreign(path)
     if not (path / "config.yaml").is_file():
-        refuse_unwritable(path, "name another --output")
+        refuse_unwritable(path, f"name another {option('output')}")
         return None, []
     if not resume:
-        raise UserError(f"{path} holds a run already; add --resume to go on with it, or name another --output")
+        resumed, another = option("resume", "True"), option("output")
+        raise UserError(f"{path} holds a run already; add {resumed} to go on with it, or name another {another}")
     refuse_unwritable(path, "a resumed run goes on in it")
     for name in LINES:
         read_jsonl(path / f"{name}.jsonl")  # a broken one is refused before anything starts
@@ -74,7 +75,7 @@ def refuse_changes(path: Path, changed: list[str]) -> None:
     if changed:
         raise UserError(
             f"{path} was made with something else, so it cannot be resumed with this: {'; '.join(changed)}. "
-            "Take the change back or name another --output"
+            f"Take the change back or name another {option('output')}"
         )
 
 

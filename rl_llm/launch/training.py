@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
-from rl_llm.config import PROBE, VERSIONS, RunConfig
+from rl_llm.config import IMPORTS, PROBE, VERSIONS, RunConfig
 from rl_llm.errors import Interrupted, RunFailed
 from rl_llm.files import room_for, write_text
+from rl_llm.imports import places
+from rl_llm.launch.alone import one_at_a_time
 from rl_llm.launch.controls import constant_reward
 from rl_llm.launch.origin import model_digests
 from rl_llm.launch.preflight import Plan, describe, load_tokenizer, make_plan
@@ -36,6 +38,7 @@ from rl_llm.values import to_json
 LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
 
 
+@one_at_a_time
 @shielded()
 def run_training(
     config: RunConfig,
@@ -190,5 +193,5 @@ def _note_bad_rows(task: Task, path: Path, followers: Callbacks) -> None:
 def _write_config(plan: Plan, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    notes = {VERSIONS: versions, PROBE: asdict(plan.probe) if plan.probe else None}
+    notes = {VERSIONS: versions, IMPORTS: places(), PROBE: asdict(plan.probe) if plan.probe else None}
     write_text(path / "config.yaml", plan.config.to_yaml() + yaml.safe_dump(notes, sort_keys=False))

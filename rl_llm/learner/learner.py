@@ -261,4 +261,4 @@ class Learner:
 
     def see(self, mark: Path) -> None:
         """Raise `UserError` where the run directory, which has this file of the driver's, is not to be seen here."""
-        refuse_unshared(mark, "name an --output")
+        refuse_unshared(mark, "name an output")

@@ -119,7 +119,7 @@ class Policy(ABC):
             keep_freed_memory()
         settings = architecture or read_architecture(str(folder))
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(str(folder)))
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(str(folder)), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise unloadable(str(folder), error) from None
         model = load_model(self.auto_class, str(folder), settings)

@@ -37,7 +37,7 @@ def read_architecture(model: str) -> PreTrainedConfig:
     """A model's settings. Raises `UserError` where there are none, or its weights are quantised."""
     base = adapter_base(model)
     try:
-        settings = AutoConfig.from_pretrained(base or model)
+        settings = AutoConfig.from_pretrained(base or model, trust_remote_code=False)
     except Exception as error:  # classes of settings check them in ways of their own
         raise unloadable(f"{model}, an adapter of {base}" if base else model, error) from None
     quantised = getattr(settings, "quantization_config", None)
@@ -62,7 +62,9 @@ def load_model(auto_class: Any, model: str, settings: PreTrainedConfig) -> PreTr
     """
     base = adapter_base(model)
     try:
-        loaded: PreTrainedModel = auto_class.from_pretrained(base or model, config=settings, dtype=torch.float32)
+        loaded: PreTrainedModel = auto_class.from_pretrained(
+            base or model, config=settings, dtype=torch.float32, trust_remote_code=False
+        )
         if base is not None:
             import peft
 
@@ -80,8 +82,27 @@ def tokenizer_source(model: str) -> str:
     return adapter_base(model) or model
 
 
-def unloadable(model: str, error: Exception) -> UserError:
-    return UserError(f"policy.model {model!r} cannot be loaded: {first_line(error)}")
+def unloadable(model: str, error: Exception, what: str = "", otherwise: str = "") -> UserError:
+    """A line for what `transformers` raised on a model, with the remedy that there is here.
+
+    Args:
+        what: of the model could not be loaded, such as "its tokenizer".
+        otherwise: the remedy of a failure that is not known.
+    """
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UserError(
+            f"policy.model {model!r} comes with code of its own, which is not run; have a module of yours register its "
+            "classes (AutoConfig.register, AutoModelForCausalLM.register), and name a class made from "
+            "rl_llm.policies.CausalLM in it: policy.type=package.module:Class"
+        )
+    if "couldn't connect" in text or "offline" in text.lower():
+        return UserError(
+            f"policy.model {model!r} is not in the Hub's cache here, and the Hub cannot be reached; give the folder of "
+            "a copy, or set HF_HOME to a cache that has it"
+        )
+    of_it, remedy = what and f": {what}", otherwise and f"; {otherwise}"
+    return UserError(f"policy.model {model!r}{of_it} cannot be loaded: {first_line(error)}{remedy}")
 
 
 def first_line(error: Exception) -> str:

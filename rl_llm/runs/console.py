@@ -18,7 +18,18 @@ from rich.text import Text
 from rl_llm.runs.callbacks import Callback, TrainerView
 from rl_llm.runs.text import is_number, one_line, printable, prompt_text, short, sparkline
 
+DUMB = ("dumb", "unknown")
 HISTORY = 30  # steps in a sparkline
+
+
+def terminal() -> rich.console.Console:
+    """Standard output: with colours and width of a terminal where it is one, plain elsewhere and where TERM=dumb.
+
+    Whatever FORCE_COLOR says, which those who read a terminal's output otherwise set, such as CI.
+    """
+    stdout = sys.stdout
+    plain = os.environ.get("TERM", "") in DUMB or stdout is None or stdout.closed or not stdout.isatty()
+    return rich.console.Console(force_terminal=False if plain else None)
 
 
 def make_console(console: rich.console.Console | None = None) -> "Console":
@@ -26,7 +37,7 @@ def make_console(console: rich.console.Console | None = None) -> "Console":
 
     `breakpoint()` inside a reward ends the live display; for other debuggers there is RL_LLM_PLAIN=1.
     """
-    console = console or rich.console.Console()
+    console = console or terminal()
     plain = os.environ.get("RL_LLM_PLAIN") == "1" or sys.gettrace() is not None
     return Console() if plain or console.is_jupyter or not console.is_terminal else LiveConsole(console)
 

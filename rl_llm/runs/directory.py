@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rl_llm.errors import UserError
+from rl_llm.errors import UserError, option
 from rl_llm.files import FULL, free_name
 
 LOCK = ".lock"
@@ -133,7 +133,7 @@ def _refuse_living(lock: Path, content: bytes) -> None:
             return
         what = f"process {pid} on {host}, last seen {max(untouched, 0):.0f} s ago"
         remedy = f", stop it there (kill {pid}), try again {STALE_S / 60:.0f} minutes after its end"
-    raise UserError(f"{path} is in use by {what}: wait for it{remedy}, or name another --output")
+    raise UserError(f"{path} is in use by {what}: wait for it{remedy}, or name another {option('output')}")
 
 
 def _this_process() -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _refusing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise
-        raise UserError(f"{path} cannot be written to ({error.strerror}); name another --output") from None
+        raise UserError(f"{path} cannot be written to ({error.strerror}); name another {option('output')}") from None
 
 
 def _remove_empty(path: Path) -> None:

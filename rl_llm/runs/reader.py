@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rl_llm.config import RunConfig, build_config, read_config
-from rl_llm.errors import UserError
+from rl_llm.errors import UserError, option
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.writer import rollout_tables
 
@@ -29,7 +29,8 @@ class RunFiles:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "config.yaml").is_file():
-            raise UserError(f"{self.path} is no run directory (no config.yaml in it); give the --output of a run")
+            of_a_run = f"give the {option('output')} of a run"
+            raise UserError(f"{self.path} is no run directory (no config.yaml in it); {of_a_run}")
 
     @cached_property
     def config(self) -> RunConfig:
@@ -72,7 +73,7 @@ class RunFiles:
         """
         folder = self.path / "model"
         if not folder.is_dir():
-            raise UserError(f"{self.path} has no model/ yet; finish the run with --resume")
+            raise UserError(f"{self.path} has no model/ yet; finish the run with {option('resume', 'True')}")
         return folder
 
     @property

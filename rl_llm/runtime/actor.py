@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 import ray.exceptions
 
+from rl_llm.imports import look_in, places
 from rl_llm.runtime.cluster import send_tables_as_ipc
 from rl_llm.runtime.replica import BUILT, Answer, WorkerDied, close
 from rl_llm.runtime.signals import only_here
@@ -29,7 +31,11 @@ class _Host:
     """The process of one worker. Building the worker is a call of its own, so that what its constructor raises
     arrives as it was raised; from an actor's constructor it would arrive as a death."""
 
-    def __init__(self) -> None:
+    def __init__(self, folders: Sequence[str]) -> None:
+        """`folders`: where modules of the user's lie."""
+        look_in(*folders)
+        # What arrives pickled names its modules without asking `import_function`.
+        sys.path += [folder for folder in folders if folder not in sys.path]
         send_tables_as_ipc()
         only_here(signal.getsignal(signal.SIGTERM))  # Ray's own
         self._worker: Any = None
@@ -57,7 +63,7 @@ class Actor:
         host: Any = ray.remote(_Host)
         self._handle = host.options(
             **options, runtime_env={"env_vars": variables}, max_restarts=0, max_task_retries=0, max_concurrency=slots
-        ).remote()
+        ).remote(places())
         self.slots = slots
         self.where: str | None = None
         # By the reference that is ready first: the id of the call, and the references of all its returns.

@@ -9,7 +9,7 @@ from typing import Any
 
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig, build_config, value_at
-from rl_llm.errors import UserError
+from rl_llm.errors import UserError, option
 from rl_llm.trainer.evaluation import Progress, Utility
 
 STATE = "state.json"
@@ -106,7 +106,7 @@ class TrainerState:
         if raw.keys() != {f.name for f in fields(cls)}:
             raise UserError(
                 f"{folder} was made by another version of rl-llm, which alone can go on from it; "
-                "begin anew in another --output"
+                f"begin anew in another {option('output')}"
             )
         kinds = {"utility": Utility, "progress": Progress, "origin": Origin}
         return cls(**{**raw, **{name: kind(**raw[name]) for name, kind in kinds.items()}})
