@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -125,14 +126,16 @@ def ensure_base(config: RunConfig, task: Task, note: Callable[[str], None]) -> s
         build_base(config, task, folder, note)
     else:
         from rl_llm.runtime.actor import Actor
+        from rl_llm.runtime.cluster import Placement
 
         note("warm start: under way with the learner's resources")
-        room = {"num_cpus": resources.num_cpus_per_learner, "num_gpus": resources.num_gpus_per_learner}
-        place = partial(Actor, resources.threads, room)
-        builder = Pool("warm start", BaseBuilder, lambda index: place(), 1, max_attempts=1)
+        alone = {"num_learners": 1, "num_rollout_workers": 0, "num_reward_workers": 0}
+        room = Placement(resources.model_copy(update=alone))
         try:
-            with marked(folder.parent) as mark:
+            place = partial(Actor, resources.threads, room.bundle("learner", 0))
+            builder = Pool("warm start", BaseBuilder, lambda index: place(), 1, max_attempts=1)
+            with closing(builder), marked(folder.parent) as mark:
                 builder.call("build", config, task, folder, mark)
         finally:
-            builder.close()
+            room.remove()
     return str(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from rl_llm.errors import RunFailed
 from rl_llm.imports import look_in, places
 from rl_llm.runtime.cluster import send_tables_as_ipc
 from rl_llm.runtime.replica import BUILT, Answer, WorkerDied, close
@@ -25,6 +26,10 @@ _GONE = (
     ray.exceptions.ActorPlacementGroupRemoved,
     ray.exceptions.ActorUnschedulableError,
 )
+_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
+
+_MEMORY = re.compile(r"was ([\d.]+ ?[KMGT]?B)(?: used)? / ([\d.]+ ?[KMGT]?B)")
+_ADVICE = re.compile(r"\s*(Some common causes|Refer to the doc|To see |Check cluster logs|Tip: |Consider ).*")
 
 
 class _Host:
@@ -103,8 +108,10 @@ class Actor:
             cause: Exception = error.cause if raised else error
             # A method that talks to Ray may itself raise what would else be news of this actor.
             if isinstance(cause, ray.exceptions.ObjectLostError if raised else _GONE):
-                raise WorkerDied(_last_line(cause)) from None
-            if raised:
+                raise WorkerDied(_reason(cause)) from None
+            if isinstance(cause, _FULL):
+                cause = RunFailed(f"Ray has no room for what a worker returned: {_reason(cause)}")
+            elif raised:
                 cause.add_note(re.sub(r"\x1b\[\d*m", "", str(error)))
             return Answer(id, error=cause)
         if id == BUILT:
@@ -116,7 +123,13 @@ class Actor:
             ray.kill(self._handle)
 
 
-def _last_line(error: BaseException) -> str:
-    # Ray puts the reason last, after a page of identifiers, and follows it with general advice.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].partition(' Some common causes')[0]}" if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What Ray says of a loss, in a line: how full the node's memory was, or else what it puts last but advice."""
+    text, name = str(error), type(error).__name__
+    full = _MEMORY.search(text)
+    if full:
+        used = f"{full[1]} of {full[2]}"
+        return f"{name}: Ray killed it because its node ran low on memory, {used} used; start fewer workers"
+    # It begins with a page of identifiers.
+    lines = [said for line in text.splitlines() if (said := _ADVICE.sub("", line).strip())]
+    return f"{name}: {lines[-1]}" if lines else name

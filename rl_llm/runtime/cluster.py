@@ -13,11 +13,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl_llm.config import ResourcesConfig
 from rl_llm.errors import UserError
+from rl_llm.runtime.memory import ray_memory
 from rl_llm.runtime.signals import outliving_the_terminal
 
 KINDS = ("learner", "rollout_worker", "reward_worker")
-SMALL_MACHINE = 32 * 2**30
 PROBE_S = 10.0
+SOCKET_PATH = 107
+"""Bytes that the path of a socket may have on Linux."""
+SOCKET_NAME = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
 
 def connect(resources: ResourcesConfig) -> bool:
@@ -30,7 +33,7 @@ def connect(resources: ResourcesConfig) -> bool:
         Whether this call made the connection; whoever called then ends it with `ray.shutdown()`.
 
     Raises:
-        UserError: nothing answers at `resources.address` or RAY_ADDRESS.
+        UserError: nothing answers at `resources.address` or RAY_ADDRESS, or no Ray can be started here.
     """
     if ray.is_initialized():
         return False
@@ -39,28 +42,65 @@ def connect(resources: ResourcesConfig) -> bool:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        cpus = math.ceil(sum(_bundle(resources, kind)["CPU"] * _count(resources, kind) for kind in KINDS))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        _start(resources, quiet)
+        return True
+    source = "resources.address" if resources.address else "RAY_ADDRESS"
+    refused = f"cannot join the Ray cluster at {address!r} ({source})"
+    listens = False
+    try:
+        _probe(address)
+        listens = True
+        ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        remedy = "start it, correct the address, or set resources.address=local for a Ray on this machine"
+        # Ray does not say why it was turned away; the library in C++ notes it on standard error.
+        if listens and isinstance(error, ConnectionError | ray.exceptions.AuthenticationError):
+            remedy = (
+                "something listens there: if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
+                f"RAY_AUTH_TOKEN_PATH, as on its head node; else see whether it is a Ray {ray.__version__}, as this one is"
+            )
+        raise UserError(f"{refused}: {_in_a_line(error)}; {remedy}") from None
+    return True
+
+
+def _start(resources: ResourcesConfig, quiet: dict[str, Any]) -> None:
+    cpus = math.ceil(sum(_bundle(resources, kind)["CPU"] * _count(resources, kind) for kind in KINDS))
+    store, rest = ray_memory()
+    folder = _short_folder()
+    try:
         with outliving_the_terminal():
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, cpus),
-                object_store_memory=memory // 5 if memory < SMALL_MACHINE else None,
+                object_store_memory=store,
+                _memory=rest,
+                _temp_dir=folder,
                 include_dashboard=False,
                 **quiet,
             )
-        return True
-    try:
-        _probe(address)
-        ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        source = "resources.address" if resources.address else "RAY_ADDRESS"
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # of its processes, ports, folders, versions: each fails in a way of its own
+        ray.shutdown()
         raise UserError(
-            f"cannot join the Ray cluster at {address!r} ({source}): {reason}; start it, correct the address, "
-            "or set resources.address=local for a Ray on this machine"
+            f"Ray cannot be started on this machine: {_in_a_line(error)}; mend that, or set "
+            f"{', '.join(f'resources.num_{kind}s=0' for kind in KINDS)} to do without"
         ) from None
-    return True
+
+
+def _short_folder() -> str | None:
+    """A folder for Ray's sockets where the paths in its own would be too long; None: they are not."""
+    own = os.path.join(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+    if len(os.fsencode(own)) + SOCKET_NAME <= SOCKET_PATH:
+        return None
+    if os.access("/tmp", os.W_OK | os.X_OK):
+        return "/tmp/ray"
+    raise UserError(
+        f"Ray's sockets cannot lie in {own}: their paths may have {SOCKET_PATH} bytes; set RAY_TMPDIR to a folder of "
+        f"up to {SOCKET_PATH - SOCKET_NAME - len('/ray')}"
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def send_tables_as_ipc() -> None:
