@@ -133,6 +133,21 @@ def test_a_long_tmpdir_gives_way_to_a_shorter_one(
             connect(ResourcesConfig())
 
 
+def test_a_ray_of_our_own_needs_no_home(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray keeps the token of a cluster there."""
+    from rl_llm.runtime.cluster import connect
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # so that it is put back
+    for name in [name for name in os.environ if name.startswith("RAY_AUTH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    connect(ResourcesConfig())
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    connect(ResourcesConfig())
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
 def test_a_ray_that_does_not_start_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
@@ -165,9 +180,7 @@ def test_a_cluster_that_asks_for_a_token_says_how_to_give_it(monkeypatch: pytest
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(cluster, "_probe", lambda address: None)
     error = getattr(ray.exceptions, kind, ConnectionError)("Failed to connect")
-    message = (
-        "Failed to connect.*; something listens there: if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH"
-    )
+    message = "Failed to connect.*; something listens there: if it asks for a token, set RAY_AUTH_MODE=token and"
     with pytest.raises(UserError, match=message):
         cluster.connect(ResourcesConfig(address="head:6379"))
 

@@ -3,7 +3,9 @@
 import logging
 import math
 import os
+import secrets
 import socket
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -57,7 +59,7 @@ def connect(resources: ResourcesConfig) -> bool:
         if listens and isinstance(error, ConnectionError | ray.exceptions.AuthenticationError):
             remedy = (
                 "something listens there: if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
-                f"RAY_AUTH_TOKEN_PATH, as on its head node; else see whether it is a Ray {ray.__version__}, as this one is"
+                f"RAY_AUTH_TOKEN_PATH, as on its head node; else see whether it is a Ray {ray.__version__}, as this is"
             )
         raise UserError(f"{refused}: {_in_a_line(error)}; {remedy}") from None
     return True
@@ -67,6 +69,7 @@ def _start(resources: ResourcesConfig, quiet: dict[str, Any]) -> None:
     cpus = math.ceil(sum(_bundle(resources, kind)["CPU"] * _count(resources, kind) for kind in KINDS))
     store, rest = ray_memory()
     folder = _short_folder()
+    _have_a_token()
     try:
         with outliving_the_terminal():
             ray.init(
@@ -84,6 +87,14 @@ def _start(resources: ResourcesConfig, quiet: dict[str, Any]) -> None:
             f"Ray cannot be started on this machine: {_in_a_line(error)}; mend that, or set "
             f"{', '.join(f'resources.num_{kind}s=0' for kind in KINDS)} to do without"
         ) from None
+
+
+def _have_a_token() -> None:
+    """Give a Ray of our own the token that it would otherwise make in the home folder, where it could not."""
+    home = Path(os.path.expanduser("~"))
+    given = any(name.startswith("RAY_AUTH_") for name in os.environ) or (home / ".ray" / "auth_token").is_file()
+    if not given and not os.access(home, os.W_OK):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _short_folder() -> str | None:
