@@ -14,6 +14,7 @@ import tiny
 from rl_llm.config import TaskConfig
 from rl_llm.launch import origin
 from rl_llm.launch.origin import code_digest, file_digest, model_digests
+from rl_llm.launch.warm_start import _fingerprint
 from rl_llm.tasks import load_task, task_from_rows
 
 SPLIT = {"by": "id", "tune": 0.2, "test": 0.2}
@@ -58,6 +59,20 @@ def test_digests_of_a_model_are_of_the_files_that_make_it(tmp_path: Path) -> Non
     for name in [*kept, "README.md", "optimizer.pt", "training_args.bin"]:
         (tmp_path / name).write_text(name)
     assert sorted(model_digests(str(tmp_path))) == sorted(kept)
+
+
+def test_digests_of_an_adapter_are_of_what_it_was_made_for_too(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "model.safetensors").write_bytes(b"weights")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    before = model_digests(str(adapter)), _fingerprint(str(adapter))
+    assert list(before[0]) == ["adapter_config.json", "base/model.safetensors"]
+    (base / "model.safetensors").write_bytes(b"other weights")
+    assert model_digests(str(adapter)) != before[0]
+    assert _fingerprint(str(adapter)) != before[1]
 
 
 def test_digests_of_a_model_of_the_hub_are_of_what_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

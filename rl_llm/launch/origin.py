@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from rl_llm.config import RunConfig
+from rl_llm.policies.loading import adapter_base
 from rl_llm.rewards import resolve
 from rl_llm.tasks import Task
 from rl_llm.trainer.state import Origin
@@ -41,15 +42,21 @@ def origin_of(config: RunConfig, task: Task, functions: Mapping[str, Callable[..
 
 
 def model_digests(model: str) -> dict[str, str]:
-    """A digest of each file that makes a model: of its folder, or of what is cached of it from the Hub."""
+    """A digest of each file that makes a model: of its folder, or of what is cached of it from the Hub.
+
+    The files of the model that an adapter was made for are among them, under `base/`.
+    """
+    base = adapter_base(model)
+    below = {} if base is None else {f"base/{name}": digest for name, digest in model_digests(base).items()}
     folder = Path(model)
     if not folder.is_dir():
         cached = try_to_load_from_cache(model, "config.json")
         if not isinstance(cached, str):
-            return {}
+            return below
         folder = Path(cached).parent
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: file_digest(path) for path in files if any(fnmatch(path.name, kind) for kind in MODEL_FILES)}
+    own = {path.name: file_digest(path) for path in files if any(fnmatch(path.name, kind) for kind in MODEL_FILES)}
+    return own | below
 
 
 def file_digest(path: Path) -> str:

@@ -19,6 +19,7 @@ from rl_llm.errors import UserError
 from rl_llm.files import room_for
 from rl_llm.learner.supervised import encode_examples, train_supervised
 from rl_llm.policies import load_policy
+from rl_llm.policies.loading import adapter_base
 from rl_llm.policies.scratch import build_scratch
 from rl_llm.process import absolute
 from rl_llm.runtime.pool import Pool
@@ -63,11 +64,15 @@ def base_path(config: RunConfig, task: Task) -> Path:
 
 
 def _fingerprint(model: str | None) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and time of change in ns of each file of a model's folder; nothing for a Hub name."""
+    """Name, size in bytes and time of change in ns of each file of a model's folder; nothing for a Hub name.
+
+    Those of the model that an adapter was made for are among them.
+    """
     if model is None or not Path(model).is_dir():
         return []
     files = sorted(path for path in Path(model).iterdir() if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    own = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return own + _fingerprint(adapter_base(model))
 
 
 def build_base(config: RunConfig, task: Task, folder: Path, progress: Callable[[str], None]) -> None:
