@@ -185,7 +185,7 @@ def test_messages_speak_python(tiny_run: Tiny, tmp_path: Path) -> None:
         with pytest.raises(rl_llm.UserError) as caught:
             rl_llm.train(output=output, **given)
         assert expected in str(caught.value)
-    with pytest.raises(rl_llm.UserError, match=r"another config.*name another output$"):
+    with pytest.raises(rl_llm.UserError, match=r"something else.*name another output$"):
         rl_llm.train(output=tiny_run.undisturbed, resume=True, **given)
     with pytest.raises(rl_llm.UserError, match="give the output of a run"):
         rl_llm.load_run(tmp_path)

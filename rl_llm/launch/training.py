@@ -22,7 +22,7 @@ from rl_llm.launch.resume import complete, open_directory, refuse_foreign, refus
 from rl_llm.launch.signals import stop_between_steps, terminable
 from rl_llm.launch.warm_start import ensure_base, needs_base
 from rl_llm.policies import policy_class
-from rl_llm.process import absolute
+from rl_llm.process import absolute, own_modes
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
 from rl_llm.runs.directory import locked
@@ -39,6 +39,7 @@ LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "
 
 
 @one_at_a_time
+@own_modes()
 @shielded()
 def run_training(
     config: RunConfig,

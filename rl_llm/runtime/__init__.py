@@ -4,22 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rl_llm.config import ResourcesConfig
-from rl_llm.process import own_modes
 
 
 @contextmanager
 def connected(resources: ResourcesConfig) -> Iterator[None]:
-    """What a run needs: torch's own modes, and Ray where there are workers; whatever was there before stays."""
-    with own_modes():
-        if resources.uses_ray:
-            with _ray(resources):
-                yield
-        else:
-            yield
-
-
-@contextmanager
-def _ray(resources: ResourcesConfig) -> Iterator[None]:
+    """Ray for as long as a config with workers needs it; what was there before stays."""
+    if not resources.uses_ray:
+        yield
+        return
     import ray
 
     from rl_llm.runtime.cluster import connect, send_tables_as_ipc
