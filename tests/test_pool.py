@@ -317,8 +317,11 @@ def test_a_wait_for_nothing_is_an_error(make_pool: MakePool) -> None:
 def test_a_killed_worker_is_replaced_and_its_request_answered(make_pool: MakePool, tmp_path: Path) -> None:
     pool = make_pool(1, tmp_path)
     pool.call("pid")
-    pool.submit(request("victim", "hang_once", "mark", 7, deadline_s=math.inf))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    pool.submit(request("victim", "report_and_hang_once", str(pipe), 7, deadline_s=math.inf))
     pool.submit(request("next", "double", 1))
+    pipe.read_text()  # killed before it has begun, it would hang in the next worker
     pool.kill(0)
     assert {id: outcome.result() for id, outcome in answers(pool).items()} == {"victim": 7, "next": 2}
     assert pool.counters["restarts"] == 1
