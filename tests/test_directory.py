@@ -105,23 +105,26 @@ def test_of_many_starts_that_find_a_stale_lock_one_gets_the_directory(tmp_path: 
     path, count = left(tmp_path, started="1"), 8
     begin, over, outcomes = threading.Barrier(count), threading.Event(), []
 
+    def note(outcome: str) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == count:
+            over.set()
+
     def start() -> None:
         begin.wait()
         try:
             with locked(path):
-                outcomes.append("held")
+                note("held")
                 over.wait(20)
         except UserError as error:
-            outcomes.append(str(error))
-        if len(outcomes) == count:
-            over.set()
+            note(str(error))
 
     threads = [threading.Thread(target=start) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert outcomes.count("held") == 1
+    assert (len(outcomes), outcomes.count("held")) == (count, 1)
     refusals = ("in use", "taken over", "started in")
     assert all(any(text in outcome for text in refusals) for outcome in outcomes if outcome != "held")
 

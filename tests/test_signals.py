@@ -116,7 +116,7 @@ def test_children_of_a_reward_worker_end_as_they_are_told(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("rl_llm.runtime.actor.send_tables_as_ipc", lambda: None)
     signal.signal(signal.SIGTERM, rays_own)
-    _Host()
+    _Host([])
     assert ended_child() == -signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is rays_own
 
