@@ -228,6 +228,7 @@ def edited(folder: Path, name: str, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword")  # of a folder that says it is of another kind
 def test_folder_that_cannot_be_loaded_is_refused_by_what_it_lacks(tiny_run: Tiny, make: Make, tmp_path: Path) -> None:
     folder = make("llama", **GATED)
     edited(folder, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
