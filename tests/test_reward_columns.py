@@ -12,7 +12,7 @@ import rl_llm
 from rl_llm.config import ComponentConfig, RunConfig, build_config
 from rl_llm.errors import UserError
 from rl_llm.launch.preflight import check_components, read_task
-from rl_llm.rewards import Component, known
+from rl_llm.rewards import Component, exact_match, known
 from rl_llm.rewards.registry import parameters_of
 from rl_llm.tasks import task_from_rows
 from rl_llm.values import texts_of
@@ -50,6 +50,13 @@ def check(config: RunConfig, answers: list[Any], **functions: Any) -> None:
 )
 def test_what_references_and_targets_may_be(value: Any, texts: list[str]) -> None:
     assert texts_of(value) == texts
+
+
+def test_a_whole_fraction_is_right_as_12_and_as_12_0() -> None:
+    said = ["12", "12.0", "120", "1", "0.5"]
+    assert exact_match(said, [12.0] * 5) == [1, 1, 0, 0, 0]
+    assert exact_match(said, [[12.0, 0.5]] * 5) == [1, 1, 0, 0, 1]
+    assert exact_match(said, [12] * 5) == [1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", REFERENCED)
