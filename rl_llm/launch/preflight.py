@@ -75,7 +75,7 @@ def make_plan(config: RunConfig, functions: Mapping[str, Callable[..., Any]], ta
     if needs_base(config) and not base_path(config, task).is_dir():
         refuse_unwritable(cache_folder(), "set RL_LLM_CACHE to a folder that can")
     model = without_weights(config.policy)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = model.num_parameters()
     notes: list[str] = []
     origin = origin_of(config, task, functions)  # of all rows, whichever will be too long
     probed = None

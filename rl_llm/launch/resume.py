@@ -19,7 +19,7 @@ from rl_llm.runtime.shared import MARK
 from rl_llm.trainer.state import Origin, TrainerState
 
 # A run killed while it made its directory has left nothing worth keeping.
-UNBORN = {"rollouts", "metrics.jsonl", "eval.jsonl", "failures.jsonl", ".config.yaml.partial", LOCK, CLEARING}
+UNBORN = {"rollouts", *(f"{name}.jsonl" for name in LINES), ".config.yaml.partial", LOCK, CLEARING}
 
 
 def refuse_foreign(path: Path) -> None:

@@ -19,7 +19,7 @@ from rl_llm.config import PolicyConfig
 from rl_llm.errors import UserError
 from rl_llm.policies.checkpointing import checkpointed, enable_checkpointing
 from rl_llm.policies.folder import DTYPES, first_not_finite, in_dtype, savable, stored_dtype
-from rl_llm.policies.loading import load_model, read_architecture, tokenizer_source, unloadable
+from rl_llm.policies.loading import first_line, load_model, read_architecture, tokenizer_source, unloadable
 from rl_llm.policies.memory import keep_freed_memory
 from rl_llm.policies.packing import PackedRow
 from rl_llm.policies.sampling import SamplingParams
@@ -304,7 +304,7 @@ def freeze(model: PreTrainedModel, config: PolicyConfig, task_type: str) -> nn.M
             try:
                 wrapped = peft.get_peft_model(model, settings).eval()
             except ValueError as error:
-                raise UserError(f"policy.lora.targets {lora.targets!r}: {str(error).splitlines()[0]}") from None
+                raise UserError(f"policy.lora.targets {lora.targets!r}: {first_line(error)}") from None
     if model.config.get_text_config() is not model.config:
         # What reads images or sound has no part in text: it would never learn.
         text = {id(p) for part in (text_part(model), model.get_output_embeddings()) for p in part.parameters()}

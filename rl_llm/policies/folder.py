@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from rl_llm.policies.loading import adapter_base, read_architecture
+from rl_llm.policies.loading import adapter_base, first_line, read_architecture
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -108,5 +108,5 @@ def _problem(settings: GenerationConfig) -> str:
     try:
         settings.validate(strict=True)
     except ValueError as error:
-        return ", ".join(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or str(error).splitlines()[0]
+        return ", ".join(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or first_line(error)
     return ""
