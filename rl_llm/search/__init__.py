@@ -1,0 +1,1 @@
+"""Which weights? Forecasts, and searches over reward mixtures and any other knob."""

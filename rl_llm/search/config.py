@@ -1,0 +1,108 @@
+"""A search as a file: what a trial is made of, what varies, who asks, who stops, what ranks."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from rl_llm.config import RunConfig, Section, build_config, read_config
+from rl_llm.config.overrides import apply_override, explain
+from rl_llm.errors import UserError
+
+Direction = Literal["max", "min"]
+
+
+class SearchConfig(Section):
+    """The keys of a search file."""
+
+    recipe: str | None = Field(None, description="recipe or YAML file that every trial is made from")
+    run: dict[str, Any] = Field({}, description="settings of a run that replace the recipe's; the same keys")
+    space: dict[str, dict[str, Any]] = Field(
+        description="dotted path of a run's setting: {simplex | uniform | loguniform | int | choice | grid: ...}"
+    )
+    searcher: Literal["random", "grid", "optuna"] = "random"
+    objectives: dict[str, Direction] = Field({}, description="metrics that optuna improves; default: the utility")
+    scheduler: Literal["halving", "asha", "pbt", "none"] = "halving"
+    trials: int = Field(12, ge=1)
+    tokens: int | None = Field(
+        None, ge=1, description="generated tokens that end a trial, evaluations included; default: trainer.steps"
+    )
+    utility: dict[str, float] | None = Field(
+        None, description="metric: weight; what ranks trials. Default: the run's evaluation.utility"
+    )
+    first: list[dict[str, Any]] = Field([], description="points to try first, beside those that are tried anyway")
+    forecast: int = Field(64, ge=0, description="samples a prompt of the forecast that gives first points; 0: none")
+    finalists: int = Field(3, ge=0, description="best trials that are run again on fresh seeds; these are the result")
+    seeds: int = Field(3, ge=1, description="fresh seeds of each finalist, and of equal weights beside them")
+    controls: bool = Field(True, description="run equal weights and each single reward beside the search")
+    overoptimized: int | None = Field(
+        3, ge=1, description="evaluations over which reward rises and utility falls, by interval, that end a trial"
+    )
+    concurrent: int | None = Field(None, ge=1, description="trials at once; default: as many as there is room for")
+    max_failures: int = Field(1, ge=0, description="times that a trial which has crashed or hung is tried again")
+    silent_s: float = Field(1800, gt=0, description="seconds without a finished step after which a trial hangs")
+    seed: int = Field(0, ge=0, description="of the points drawn; trials have the run's own trainer.seed")
+
+    @field_validator("utility", "objectives")
+    @classmethod
+    def _no_reward(cls, names: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in names or {}:
+            if name == "reward" or name.startswith("reward/"):
+                raise ValueError(
+                    f"{name!r}: ranked by the weighted reward, each weighting would be judged by its own yardstick, "
+                    "and easy components would win; name metrics, each with a weight of its own"
+                )
+        return names
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SearchConfig":
+        if self.recipe is None and not self.run:
+            raise ValueError("recipe, or a whole run under `run`, is needed: what trials are made from")
+        if not self.space:
+            raise ValueError("space names no setting that varies")
+        if self.objectives and self.searcher != "optuna":
+            raise ValueError(f"objectives are for searcher: optuna; {self.searcher} looks at no result")
+        if self.scheduler == "pbt" and self.searcher != "random":
+            raise ValueError("scheduler: pbt moves the points itself; searcher has to be random")
+        return self
+
+
+def load_search(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> SearchConfig:
+    """A search from a YAML file and overrides such as `trials=4` or `run.trainer.steps=9`.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key, a wrong type.
+    """
+    return build_search(read_config(source), overrides, where=str(source))
+
+
+def build_search(
+    raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "search()"
+) -> SearchConfig:
+    """Validate a plain mapping after applying overrides to it. Raises `UserError` naming the key to change."""
+    for override in overrides:
+        apply_override(raw, override, SearchConfig)
+    try:
+        return SearchConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [explain(dict(problem), overrides, where, SearchConfig) for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def run_settings(search: SearchConfig) -> dict[str, Any]:
+    """The plain settings of a run that points are put into: the recipe's, with `run` over them."""
+    base = {} if search.recipe is None else read_config(search.recipe)
+    return _merged(build_config(base).to_dict() if base else {}, search.run)
+
+
+def run_of(search: SearchConfig) -> RunConfig:
+    """The config that every trial is made from. Raises `UserError` as `build_config`."""
+    return build_config(run_settings(search), where="run")
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(under)
+    for key, value in over.items():
+        there = out.get(key)
+        out[key] = _merged(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+    return out
