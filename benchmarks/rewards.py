@@ -33,6 +33,7 @@ WORDS = 64
 GROUP = 8
 SIZES = (64, 256)
 ARGS: dict[str, dict[str, Any]] = {
+    "facts": {"columns": ["first", "last"]},
     "length": {"mode": "target", "target": WORDS},
     "overlong": {"limit": WORDS, "buffer": WORDS // 2},
     "regex": {"pattern": r"\bba\w*\b"},
@@ -50,6 +51,8 @@ def make_batch(rows: int, group: int, rng: random.Random) -> pa.Table:
         "prompt": ["Write the text again."] * len(references),
         "prompt_ids": [np.arange(8, dtype=np.int32)] * len(references),
         "field/reference": [" ".join(words) for words in references],
+        "field/first": [words[0] for words in references],
+        "field/last": [words[-1] for words in references],
     }
     completions = [[rng.choice((word, rng.choice(vocabulary))) for word in words] for words in references * group]
     completions = [completions[i % group * len(references) + i // group] for i in range(rows)]

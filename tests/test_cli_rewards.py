@@ -15,7 +15,19 @@ from rl_llm.runs.jsonl import read_jsonl
 def test_rewards_list(command: Command) -> None:
     said = command("rewards", "list")
     assert said.code == 0
-    for name in ("bleu", "chrf", "ter", "rouge", "exact_match", "token_f1", "length", "vocab", "regex", "sentiment"):
+    for name in (
+        "bleu",
+        "chrf",
+        "ter",
+        "rouge",
+        "exact_match",
+        "token_f1",
+        "facts",
+        "length",
+        "vocab",
+        "regex",
+        "sentiment",
+    ):
         assert f" {name} " in said.out
     assert "smooth_method='exp'" in said.out
 

@@ -164,7 +164,11 @@ def test_sentiment():
 
 @pytest.mark.parametrize("use", sorted(known()))
 def test_built_ins_read_messages_and_stay_in_their_range(use):
-    args = {"regex": {"pattern": "cat"}, "overlong": {"limit": 3, "buffer": 2}}.get(use, {})
+    args = {
+        "regex": {"pattern": "cat"},
+        "overlong": {"limit": 3, "buffer": 2},
+        "facts": {"columns": ["reference", "n"]},
+    }.get(use, {})
     texts = ["the cat sat, happy", "", "dog " * 30]
     fields = {
         "reference": ["the cat sat", ["a cat", "the dog"], "x"],

@@ -2,6 +2,7 @@
 
 from rl_llm.rewards.answers import exact_match, token_f1
 from rl_llm.rewards.component import FAILED, GIVE_UP_AFTER, Component, Scores, deadline_s
+from rl_llm.rewards.facts import Facts
 from rl_llm.rewards.failures import Resolved, RewardFailed, apply_failure_policies, apply_failure_policy, imputed
 from rl_llm.rewards.form import Length, regex, vocab
 from rl_llm.rewards.overlap import bleu, chrf, rouge, ter
@@ -13,6 +14,7 @@ __all__ = [
     "FAILED",
     "GIVE_UP_AFTER",
     "Component",
+    "Facts",
     "Length",
     "Registered",
     "Resolved",

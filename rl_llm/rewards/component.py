@@ -7,7 +7,7 @@ import math
 import numbers
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from rl_llm.config import ComponentConfig
 from rl_llm.errors import RunFailed, UserError, did_you_mean
 from rl_llm.process import Apart
 from rl_llm.rewards.hooks import Log, RunState, as_python
-from rl_llm.rewards.registry import parameters_of, resolve
+from rl_llm.rewards.registry import Takes, parameters_of, resolve
 from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
 
 FAILED = (ERROR, TIMEOUT)
@@ -158,11 +158,18 @@ class Component:
         """Whether it needs `completion_ids`: it names them, or a class has an attribute of this name that says so."""
         return bool(getattr(self._function, "reads_tokens", "completion_ids" in self._parameters.inputs))
 
+    @property
+    def _reads_columns(self) -> Mapping[str, Takes]:
+        """Columns that a class needs because of its arguments: an attribute `reads_columns` says so."""
+        return getattr(self._function, "reads_columns", {})
+
     def check_columns(self, fields: Iterable[str]) -> None:
         """Raises `UserError` where the component needs a column that is not among the task's `fields`."""
         fields = sorted(fields)
-        for key, parameter in self._parameters.columns.items():
-            if parameter.default is parameter.empty and key not in fields and key not in self.config.args:
+        columns = self._parameters.columns.items()
+        needed = [k for k, p in columns if p.default is p.empty and k not in self.config.args]
+        for key in (*needed, *self._reads_columns):
+            if key not in fields:
                 known = ", ".join(fields) or "the data has no other columns"
                 raise UserError(
                     f"component {self.name!r} needs a column {key!r}; map it with task.columns.{key}: <one of {known}>"
@@ -170,8 +177,9 @@ class Component:
 
     def misread(self, table: pa.Table) -> tuple[int, str] | None:
         """The first row of prompts with a value that the component does not take, and what to say of it."""
-        for key, takes in self._parameters.takes.items():
-            if key in self.config.args or FIELD + key not in table.column_names:
+        takes_of = {key: takes for key, takes in self._parameters.takes.items() if key not in self.config.args}
+        for key, takes in {**takes_of, **self._reads_columns}.items():
+            if FIELD + key not in table.column_names:
                 continue
             for row, value in enumerate(values_of(table[FIELD + key])):
                 if value is None:
@@ -246,7 +254,7 @@ class Component:
 
     def _call(self, inputs: dict[str, Any]) -> Any:
         takes = self._parameters
-        named = {*takes.inputs, *takes.columns}
+        named = {*takes.inputs, *takes.columns, *self._reads_columns}
         # A column that happens to share its name with an argument, or with `self`, is not that.
         hidden = {*takes.arguments, takes.own}
         passed = {k: v for k, v in inputs.items() if k in named or (takes.any_column and k not in hidden)}
