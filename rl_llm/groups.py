@@ -40,10 +40,10 @@ class Grouped:
         return np.sqrt(self.total(self.centred**2) / np.maximum(self.counts - 1, 1))
 
     def total(self, rows: np.ndarray) -> np.ndarray:
-        """Sums of [N, ...] by group, [G, ...]."""
-        out = np.zeros((self.size, *rows.shape[1:]))
-        np.add.at(out, self.index, rows)
-        return out
+        """Sums of [N] or [N, K] by group, [G] or [G, K]; rows are added up in their order."""
+        # Several times as fast as np.add.at on thousands of rows.
+        columns = [np.bincount(self.index, column, self.size) for column in np.atleast_2d(rows.T)]
+        return np.stack(columns, axis=1) if rows.ndim > 1 else columns[0]
 
     def largest(self, rows: np.ndarray) -> np.ndarray:
         """The largest magnitude of [N] in each group, [G]."""

@@ -18,9 +18,11 @@ class Purpose(IntEnum):
     SHUFFLE = 1  # the order of prompts; epochs
     HELD_OUT = 2  # which rows of a split are measured; rows of the split
     BOOTSTRAP = 3  # resampled means; values
+    WEIGHTINGS = 5  # points on a large simplex of reward weights
     MINIBATCH = 16  # which groups share an update; steps
     EXAMPLES = 32  # supervised examples; 1 for self-supervised ones
     EVALUATION = 64  # tokens of an evaluation's samples; samples
+    FORECAST = 65  # tokens of a forecast's samples; samples
 
 
 def key(purpose: Purpose, counter: int) -> int:
