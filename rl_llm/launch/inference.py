@@ -69,10 +69,16 @@ def config_for(model: str, source: str | None, overrides: list[str]) -> RunConfi
 
 
 @contextmanager
-def _workers(
+def acting_workers(
     config: RunConfig, components: Mapping[str, ComponentConfig], functions: Mapping[str, Callable[..., Any]]
 ) -> Iterator[tuple[Workers, Weights]]:
-    """Workers without a learner, and those of rewards only with rewards; and the weights they act with, the model's."""
+    """Workers without a learner, and those of rewards only with rewards; and the weights they act with.
+
+    Args:
+        config: its `policy.model` acts.
+        components: that score.
+        functions: reward functions given as they are, by component.
+    """
     idle = {"num_learners": 0} if components else {"num_learners": 0, "num_reward_workers": 0}
     resources = config.resources.model_copy(update=idle)
     config = config.model_copy(update={"resources": resources})
@@ -120,16 +126,21 @@ def evaluate(
     if overlap := task.overlap():
         note(overlap)
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
+    components = config.measured
+    prompts = held_out(task.splits[split], config.evaluation.test_prompts)
+    with acting_workers(config, components, functions) as (workers, weights):
+        evaluator = Evaluator(config.evaluation, params, components, workers.collector, telling(note))
+        return evaluator.evaluate(prompts, split, "evaluate", 0, weights).line["metrics"], prompts.num_rows
 
-    def failed(record: dict[str, Any]) -> None:
+
+def telling(note: Note) -> Callable[[dict[str, Any]], None]:
+    """What a record of failed rewards says, for `note`."""
+
+    def tell(record: dict[str, Any]) -> None:
         failed = "failed at first" if record["outcome"] == "retried" else "failed"
         note(f"{record['component']} {failed} on {record['rows']} rows, {record['status']}: {record['message']}")
 
-    components = config.measured
-    prompts = held_out(task.splits[split], config.evaluation.test_prompts)
-    with _workers(config, components, functions) as (workers, weights):
-        evaluator = Evaluator(config.evaluation, params, components, workers.collector, failed)
-        return evaluator.evaluate(prompts, split, "evaluate", 0, weights).line["metrics"], prompts.num_rows
+    return tell
 
 
 def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]]:
@@ -144,7 +155,7 @@ def predict(config: RunConfig, file: str, note: Note) -> Iterator[dict[str, Any]
     names = _free_names(["completion", "finish"], _rows(prompts.slice(0, 1))[0], note)
     params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
     size = config.rollout.request_rows
-    with _workers(config, {}, {}) as (workers, weights):
+    with acting_workers(config, {}, {}) as (workers, weights):
         for start in range(0, prompts.num_rows, size * 8):
             part = prompts.slice(start, size * 8)
             pending = workers.collector.start(f"predict-{start}", part, params, FirstIds(start, start), weights, [])
