@@ -65,6 +65,7 @@ __all__ = [
     "ValueConfig",
     "WarmStartConfig",
     "build_config",
+    "expand",
     "load_config",
     "read_config",
     "recipes",
@@ -172,10 +173,10 @@ def _find(source: str | Path) -> tuple[Path, str]:
 
 def build_config(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "config") -> RunConfig:
     """Validate a plain mapping after applying dotted overrides to it. Raises `UserError` naming the key to change."""
-    _expand_components(raw, where)
+    expand(raw, where)
     for override in overrides:
         apply_override(raw, override, RunConfig)
-        _expand_components(raw, f"override {override!r}")
+        expand(raw, f"override {override!r}")
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -183,8 +184,8 @@ def build_config(raw: dict[str, Any], overrides: list[str] | tuple[str, ...] = (
         raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _expand_components(raw: dict[str, Any], where: str) -> None:
-    """Give components their long form, in place: an override leads into it."""
+def expand(raw: dict[str, Any], where: str) -> None:
+    """Give components their long form, in place, so that keys lead into it. Raises `UserError` as `build_config`."""
     for section, key in (("rewards", "components"), ("evaluation", "metrics")):
         if isinstance(raw.get(section), dict) and key in raw[section]:
             try:

@@ -19,14 +19,20 @@ def apply_override(raw: dict[str, Any], override: str, root: type[BaseModel]) ->
     keys = path.split(".")
     if not sep or not all(keys):
         raise UserError(f"override {override!r}: write it as section.key=value")
+    put(raw, path, _value(keys, text, override, root), f"override {override!r}")
+
+
+def put(raw: dict[str, Any], path: str, value: Any, origin: str) -> None:
+    """Put a value at a dotted path of `raw`, in place. Raises `UserError` where the path leads through a value."""
+    *sections, last = path.split(".")
     node = raw
-    for depth, key in enumerate(keys[:-1], start=1):
+    for depth, key in enumerate(sections, start=1):
         child = node.get(key)
         if child is not None and not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} is {child!r}, not a section")
+            raise UserError(f"{origin}: {'.'.join(sections[:depth])} is {child!r}, not a section")
         node[key] = child = child or {}
         node = child
-    node[keys[-1]] = _value(keys, text, override, root)
+    node[last] = value
 
 
 def _value(keys: list[str], text: str, override: str, root: type[BaseModel]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rl_llm.config import RunConfig, Section, build_config, read_config
+from rl_llm.config import RunConfig, Section, build_config, expand, read_config
 from rl_llm.config.overrides import apply_override, explain
 from rl_llm.errors import UserError
 
@@ -92,7 +92,8 @@ def build_search(
 def run_settings(search: SearchConfig) -> dict[str, Any]:
     """The plain settings of a run that points are put into: the recipe's, with `run` over them."""
     base = {} if search.recipe is None else read_config(search.recipe)
-    return _merged(build_config(base).to_dict() if base else {}, search.run)
+    expand(base, str(search.recipe))
+    return _merged(base, search.run)
 
 
 def run_of(search: SearchConfig) -> RunConfig:

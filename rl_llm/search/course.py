@@ -23,6 +23,8 @@ State = Literal["going", "waiting", "done", "stopped", "failed"]
 OVER: tuple[State, ...] = ("done", "stopped", "failed")
 # What runs first where there is room for one: the search itself, then its result, then what it is compared with.
 ORDER: tuple[Role, ...] = ("trial", "finalist", "control", "soup")
+ASKED = ("role", "point", "seed", "source", "bracket")
+"""What of an entry its line has."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Entry:
         bracket: trials of one are compared with each other.
         level: number of the level that it is on the way to, or waits at.
         donor: the trial whose checkpoint it goes on from next, with the step of that.
+        since: the step after which it has had its point; reports up to it are of another one.
+        stood: its step at each level that it has been decided on at.
+        ended: why it trains no further by itself, empty where it would.
         reason: why it is over.
     """
 
@@ -80,23 +85,28 @@ class Entry:
     state: State = "going"
     reports: list[Report] = field(default_factory=list)
     donor: tuple[str, int] | None = None
+    since: int = -1
+    stood: list[int] = field(default_factory=list)
     failures: int = 0
+    ended: str = ""
     reason: str = ""
     told: bool = False
 
     @property
+    def own(self) -> list[Report]:
+        """Reports of its present point."""
+        return [report for report in self.reports if report.step > self.since]
+
+    @property
     def best(self) -> Report | None:
         """Its best evaluation by utility, the first of equals; the last one without a utility."""
-        ranked = [report for report in self.reports if report.mean is not None]
-        if not ranked:
-            return self.reports[-1] if self.reports else None
-        return max(ranked, key=lambda report: report.mean or 0.0)
+        return _best(self.own)
 
     @property
     def utility(self) -> np.ndarray:
         """[P] of its best evaluation, NaN where there is none."""
         best = self.best
-        return np.array([] if best is None else [np.nan if u is None else u for u in best.utility], dtype=np.float64)
+        return _column([] if best is None else best.utility)
 
 
 @dataclass(frozen=True)
@@ -176,8 +186,7 @@ class Course:
     # Decisions.
 
     def _note(self, **line: Any) -> None:
-        self.ledger.write(line)
-        self._apply(line)
+        self._apply(self.ledger.write(line))
 
     def _decide(self) -> None:
         """Decide all that can be decided now."""
@@ -198,7 +207,9 @@ class Course:
                     [self._standing(entry) for entry in waiting],
                     coming=sum(entry.state == "going" and entry.level <= number for entry in members)
                     + sum(entry.state == "waiting" and entry.level < number for entry in members),
-                    before=[self._standing(entry) for entry in members if entry.level > number],
+                    before=[
+                        self._standing(entry, entry.stood[number]) for entry in trials if len(entry.stood) > number
+                    ],
                     slack=self.slack.get(bracket, 0.0),
                     budget=self.plan.budget,
                     in_tokens=self.plan.in_tokens,
@@ -210,16 +221,19 @@ class Course:
                     return True
         return False
 
-    def _standing(self, entry: Entry) -> Standing:
-        last = entry.reports[-1]
+    def _standing(self, entry: Entry, until: int | None = None) -> Standing:
+        """Where a trial is, or where it was at a step."""
+        reports = [report for report in entry.own if until is None or report.step <= until]
+        last, best = reports[-1], _best(reports)
         return Standing(
             entry.name,
-            entry.utility,
+            _column([] if best is None else best.utility),
+            _column(last.utility),
             price=last.tokens / max(last.step, 1),
             spent=last.tokens,
             step=last.step,
             point=entry.point,
-            ended=bool(last.ended),
+            ended=bool(entry.ended),
         )
 
     def _tell(self) -> bool:
@@ -231,46 +245,55 @@ class Course:
                 return True
         return False
 
+    # What follows is asked one by one: a kill may come between any two.
+
     def _ask(self) -> bool:
-        """Ask for the next bracket of trials, controls with the first; whether somebody was asked."""
+        """Ask for a control, or a trial of the bracket, or of the next one when all are told; whether there was one."""
+        for control in self.plan.controls:
+            if self._asked(control):
+                return True
         trials = self.of("trial")
-        if not self.entries:
-            for control in self.plan.controls:
-                self._note(ask=control.name, **_asked(control))
-        elif any(not entry.told for entry in trials):
+        number = len(trials)
+        if self.exhausted or number >= self.plan.trials:
             return False
-        if self.exhausted or len(trials) >= self.plan.trials:
+        if number % self.plan.bracket == 0 and any(not entry.told for entry in trials):
             return False
-        bracket = max((entry.bracket for entry in trials), default=-1) + 1
-        for number in range(len(trials), min(len(trials) + self.plan.bracket, self.plan.trials)):
-            source, given = self.plan.firsts[number] if number < len(self.plan.firsts) else ("", None)
-            point = self.searcher.ask(number, given)
-            if point is None:
-                self._note(exhausted=number)
-                break
-            entry = Entry(f"t{number:02d}", "trial", point, source=source or self.searcher.name, bracket=bracket)
-            self._note(ask=entry.name, **_asked(entry))
-        return True
+        source, given = self.plan.firsts[number] if number < len(self.plan.firsts) else ("", None)
+        point = self.searcher.ask(number, given)
+        if point is None:
+            self._note(exhausted=number)
+            return True
+        bracket = number // self.plan.bracket
+        return self._asked(
+            Entry(f"t{number:02d}", "trial", point, source=source or self.searcher.name, bracket=bracket)
+        )
 
     def _finish(self) -> bool:
-        """Choose finalists when the search is over, and mix soups when the controls are; whether either was done."""
+        """Mix soups when the controls are over, and choose finalists when the search is; whether there was one."""
         controls = self.of("control")
-        if not self.of("soup") and all(entry.state in OVER for entry in controls):
-            soups = self.plan.soups([entry for entry in controls if entry.state == "done"])
-            for soup in soups:
-                self._note(ask=soup.name, **_asked(soup))
-            if soups:
-                return True
-        if self.finalists is not None or any(not entry.told for entry in self.of("trial")):
-            return False
-        done = [entry for entry in self.of("trial") if entry.state == "done" and mean_of(entry.utility) is not None]
-        best = sorted(done, key=lambda entry: -(mean_of(entry.utility) or 0.0)) if self.ranked else []
-        chosen = best[: self.plan.finalists]
-        self._note(finalists=[entry.name for entry in chosen])
+        if all(entry.state in OVER for entry in controls):
+            for soup in self.plan.soups([entry for entry in controls if entry.state == "done"]):
+                if self._asked(soup):
+                    return True
+        if self.finalists is None:
+            if any(not entry.told for entry in self.of("trial")):
+                return False
+            done = [entry for entry in self.of("trial") if entry.state == "done" and mean_of(entry.utility) is not None]
+            best = sorted(done, key=lambda entry: -(mean_of(entry.utility) or 0.0)) if self.ranked else []
+            self._note(finalists=[entry.name for entry in best[: self.plan.finalists]])
+            return True
         for seed in self.plan.seeds:
-            for entry in chosen:
-                again = Entry(f"final-{entry.name}-s{seed}", "finalist", entry.point, seed, source=entry.name)
-                self._note(ask=again.name, **_asked(again))
+            for name in self.finalists:
+                point = self.entries[name].point
+                if self._asked(Entry(f"final-{name}-s{seed}", "finalist", point, seed, source=name)):
+                    return True
+        return False
+
+    def _asked(self, entry: Entry) -> bool:
+        """Ask for a trial, unless it has been asked for already; whether it was."""
+        if entry.name in self.entries:
+            return False
+        self._note(ask=entry.name, **{key: getattr(entry, key) for key in ASKED})
         return True
 
     # What a line changes.
@@ -286,7 +309,9 @@ class Course:
             entry = self.entries[line["tell"]]
             entry.told = True
             number = int(entry.name.removeprefix("t"))
-            self.searcher.tell(number, Outcome(line["state"], entry.point, line["metrics"], mean_of(entry.utility)))
+            steps = entry.reports[-1].step if entry.reports else 0
+            outcome = Outcome(line["state"], entry.point, line["metrics"], mean_of(entry.utility), steps)
+            self.searcher.tell(number, outcome)
         elif "fail" in line:
             entry = self.entries[line["fail"]]
             entry.failures += 1
@@ -298,7 +323,7 @@ class Course:
             self.exhausted = True
 
     def _apply_ask(self, line: dict[str, Any]) -> None:
-        entry = Entry(line["ask"], **{key: line[key] for key in ("role", "point", "seed", "source", "bracket")})
+        entry = Entry(line["ask"], **{key: line[key] for key in ASKED})
         self.entries[entry.name] = entry
         if entry.role == "trial":
             self.searcher.asked(int(entry.name.removeprefix("t")), entry.point)
@@ -308,53 +333,61 @@ class Course:
         report = Report(**{key: value for key, value in line.items() if key != "report"})
         # A trial that was killed repeats what it had not saved, with the same numbers.
         entry.reports = [*(earlier for earlier in entry.reports if earlier.step < report.step), report]
-        entry.donor = None
+        entry.donor, entry.ended = None, report.ended
         if report.failed:
             entry.state, entry.reason = "failed", report.failed
         elif self.ranked and report.mean is None:
             entry.state, entry.reason = "failed", f"no utility at step {report.step}: no prompt has a value"
         elif entry.role != "trial":
             entry.state, entry.reason = ("done", report.ended) if report.ended else ("going", "")
-        elif report.ended or self._spent(report) >= self.scheduler.levels[entry.level] * self.plan.budget:
-            entry.state = "waiting"
-        elif self._overoptimized(entry):
-            entry.state, entry.reason = "stopped", "its reward rose while its utility fell"
+        if entry.role != "trial" or entry.state == "failed":
+            return
+        if self._overoptimized(entry):
+            entry.ended = entry.ended or "its reward rose while its utility fell"
+        entry.state = "waiting" if entry.ended or self._reached(entry) else "going"
 
     def _apply_level(self, line: dict[str, Any]) -> None:
         self.slack[line["bracket"]] = line["slack"]
         for name, verdict in line["verdicts"].items():
             entry, action = self.entries[name], verdict["action"]
-            ended = entry.reports[-1].ended
+            entry.stood.append(entry.reports[-1].step)
             if action == "stop":
                 entry.state, entry.reason = "stopped", verdict["reason"]
-                continue
-            entry.level += 1
-            if entry.level == len(self.scheduler.levels):
-                entry.level -= 1
-                entry.state, entry.reason = "done", ended or "finished"
-            elif ended and action != "exploit":
-                entry.state = "waiting"  # it is trained no further, and stands at the next level with what it has
+            elif entry.level == len(self.scheduler.levels) - 1:
+                entry.state, entry.reason = "done", entry.ended or "finished"
             else:
-                entry.state = "going"
-            if action == "exploit":
-                donor = self.entries[verdict["donor"]]
-                entry.point, entry.donor = verdict["point"], (donor.name, donor.reports[-1].step)
+                entry.level += 1
+                if action == "exploit":
+                    self._exploit(entry, self.entries[verdict["donor"]], verdict["point"])
+                # Who trains no further stands at the next level with what it has.
+                entry.state = "waiting" if entry.ended or self._reached(entry) else "going"
 
-    def _spent(self, report: Report) -> int:
-        return report.tokens if self.plan.in_tokens else report.step
+    def _exploit(self, entry: Entry, donor: Entry, point: Point) -> None:
+        step = donor.reports[-1].step
+        entry.point, entry.donor, entry.since, entry.ended = point, (donor.name, step), step, ""
+        entry.reports = [report for report in entry.reports if report.step <= step]
+
+    def _reached(self, entry: Entry) -> bool:
+        """Whether a trial is at its level, or past it."""
+        last = entry.own[-1:]
+        share = self.scheduler.levels[entry.level] * (1 - 1e-9)  # shares are rounded
+        return any((r.tokens if self.plan.in_tokens else r.step) >= share * self.plan.budget for r in last)
 
     def _overoptimized(self, entry: Entry) -> bool:
         """Whether over the last evaluations the training reward has risen and the utility fallen, by intervals."""
-        span = self.plan.overoptimized
-        if span is None or not self.ranked or len(entry.reports) <= span:
+        span, reports = self.plan.overoptimized, entry.own
+        if span is None or not self.ranked or len(reports) <= span:
             return False
-        then, now = entry.reports[-1 - span], entry.reports[-1]
+        then, now = reports[-1 - span], reports[-1]
         fallen = paired(_column(now.utility), _column(then.utility))[2] < 0
-        return fallen and _risen(np.array(then.reward), np.array(now.reward))
+        return fallen and _risen(_column(then.reward), _column(now.reward))
 
 
-def _asked(entry: Entry) -> dict[str, Any]:
-    return {key: getattr(entry, key) for key in ("role", "point", "seed", "source", "bracket")}
+def _best(reports: Sequence[Report]) -> Report | None:
+    ranked = [report for report in reports if report.mean is not None]
+    if not ranked:
+        return reports[-1] if reports else None
+    return max(ranked, key=lambda report: report.mean or 0.0)
 
 
 def _column(values: Sequence[float | None]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """decisions.jsonl: what a search has decided, and on what; a line is on disk before anybody acts on it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ class Ledger:
             with replacing(path) as aside:
                 aside.write_text("".join(to_json(line) + "\n" for line in self.lines), encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Add a line; it is on disk when this returns."""
-        self.lines.append(line)
+    def write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Add a line, on disk when this returns; returns it as it will be read again."""
+        text = to_json(line)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(line) + "\n")
+                file.write(text + "\n")
             sync(self.path)
+        self.lines.append(json.loads(text))
+        return self.lines[-1]

@@ -1,0 +1,137 @@
+"""From a search file to its course: the space, the points tried first, what runs beside it, and what has to fit."""
+
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+
+from rl_llm.config import RunConfig
+from rl_llm.errors import UserError, did_you_mean
+from rl_llm.search.config import SearchConfig, run_settings
+from rl_llm.search.course import Course, Entry, Plan
+from rl_llm.search.ledger import Ledger
+from rl_llm.search.schedulers import make_scheduler
+from rl_llm.search.searchers import STARTUP, UTILITY, make_searcher
+from rl_llm.search.space import Point, Space
+
+SINGLE = "single-"
+TOKENS = "tokens"
+# Denominator of the shares that soups have of single-reward models, by how many of these there are.
+_DENOMINATORS = {2: 4, 3: 3}
+
+
+def make_space(search: SearchConfig) -> Space:
+    """The space of a search. Raises `UserError` as `Space`."""
+    settings = run_settings(search)
+    given = search.utility or (settings.get("evaluation") or {}).get("utility") or {}
+    return Space(search.space, settings, {**given, **search.objectives} or None)
+
+
+def utility_of(search: SearchConfig, run: RunConfig) -> dict[str, float] | None:
+    """What ranks trials, weight by metric: the search's own, else what the run's config names; None without one."""
+    return search.utility or run.evaluation.utility
+
+
+def check_search(search: SearchConfig, space: Space) -> None:
+    """Raise `UserError` where parts of a search, each right by itself, do not go together."""
+    run = space.base
+    utility, known = utility_of(search, run), set(run.measured)
+    for name in search.utility or {}:
+        if name not in known:
+            raise UserError(f"utility.{name}: no such metric; {did_you_mean(name, known)}")
+    if search.utility == {} or (utility and not any(utility.values())):
+        raise UserError("utility weighs nothing; give a metric a weight, such as utility: {chrf: 1}, or leave it out")
+    for name in search.objectives:
+        if name not in known | {UTILITY, TOKENS}:
+            raise UserError(f"objectives.{name}: no such metric; {did_you_mean(name, known | {UTILITY, TOKENS})}")
+    if utility is None:
+        missing = "without a utility nothing ranks trials: give utility: {metric: weight}"
+        if search.scheduler != "none":
+            raise UserError(f"scheduler: {search.scheduler}: {missing}, or take scheduler: none, finalists: 0")
+        if search.finalists:
+            raise UserError(f"finalists: {search.finalists}: {missing}, or take finalists: 0")
+        if search.searcher == "optuna" and (not search.objectives or UTILITY in search.objectives):
+            raise UserError(f"searcher: optuna: {missing}, or objectives: {{metric: max or min}}")
+    if search.searcher == "grid":
+        points = len(space.grid())
+        if search.first:
+            raise UserError("first: searcher: grid tries all of its points and no other; leave it out")
+        if "trials" in search.model_fields_set and search.trials != points:
+            raise UserError(f"trials: {search.trials}, and the grid has {points} points: write trials: {points}")
+    if search.scheduler == "pbt" and search.trials < 2:
+        raise UserError("trials: 1: scheduler: pbt needs others to learn from; take 4 or more")
+
+
+def first_points(search: SearchConfig, space: Space, forecast: Sequence[Point]) -> list[tuple[str, Point]]:
+    """(source, point) pairs that are tried before the searcher's own, each once, at most as many as there are trials.
+
+    The user's own come first; then equal weights, the forecast's, and each face of the simplex. A grid has none.
+
+    Raises:
+        UserError: a point of the user's is not of the space.
+    """
+    if search.searcher == "grid":
+        return []
+    given = [("first", space.read(point, f"first[{i}]")) for i, point in enumerate(search.first)]
+    equal = [("equal", space.equal())] if space.simplex else []
+    guessed = [("forecast", point) for point in forecast]
+    faces = [(f"without {name}", point) for name, point in space.faces().items()]
+    kept: list[tuple[str, Point]] = []
+    for source, point in [*given, *equal, *guessed, *faces]:
+        if point not in [other for _, other in kept]:
+            kept.append((source, point))
+    return kept[: search.trials]
+
+
+def make_course(search: SearchConfig, space: Space, forecast: Sequence[Point], ledger: Ledger) -> Course:
+    """The course of a search, where its ledger says it is.
+
+    Args:
+        forecast: points to try, the best first.
+
+    Raises:
+        UserError: parts of the search do not go together.
+    """
+    check_search(search, space)
+    run = space.base
+    seeds = [run.trainer.seed + number for number in range(1, search.seeds + 1)]
+    trials = len(space.grid()) if search.searcher == "grid" else search.trials
+    plan = Plan(
+        trials=trials,
+        bracket=STARTUP if search.searcher == "optuna" else trials,
+        firsts=first_points(search, space, forecast),
+        controls=_controls(space, seeds if search.finalists else seeds[:1]) if search.controls else [],
+        finalists=search.finalists,
+        seeds=seeds,
+        soups=soups,
+        budget=search.tokens or run.trainer.steps,
+        in_tokens=search.tokens is not None,
+        overoptimized=search.overoptimized,
+    )
+    scheduler = make_scheduler(search, space, run.trainer.steps)
+    ranked = utility_of(search, run) is not None
+    return Course(plan, make_searcher(search, space), scheduler, ranked, ledger)
+
+
+def _controls(space: Space, seeds: list[int]) -> list[Entry]:
+    """Equal weights on the finalists' seeds and each single reward on one; without a simplex the run as it is."""
+    if space.simplex is None:
+        return [Entry(f"recipe-s{seed}", "control", {}, seed, source="recipe") for seed in seeds]
+    equal = [Entry(f"equal-s{seed}", "control", space.equal(), seed, source="equal") for seed in seeds]
+    singles = space.singles().items()
+    return [*equal, *(Entry(SINGLE + name, "control", point, seeds[0], source=name) for name, point in singles)]
+
+
+def soups(done: Sequence[Entry]) -> list[Entry]:
+    """Interpolations of single-reward models (rewarded soups, arXiv 2306.04488): a lattice of shares, corners left out.
+
+    Args:
+        done: controls; their names become those of the points.
+    """
+    names = [entry.name for entry in done if entry.name.startswith(SINGLE)]
+    parts = _DENOMINATORS.get(len(names), 2)
+    mixed = [drawn for drawn in combinations_with_replacement(names, parts) if len(set(drawn)) > 1]
+    return [
+        Entry(
+            f"soup-{i:02d}", "soup", {name: drawn.count(name) / parts for name in names if name in drawn}, source="soup"
+        )
+        for i, drawn in enumerate(mixed)
+    ]
