@@ -171,6 +171,10 @@ def rollouts(path: Path) -> dict[str, pa.Table]:
     return {str(step): run.rollouts(step) for step in run.rollout_steps}
 
 
+def evaluations(path: Path) -> dict[str, pa.Table]:
+    return {file.name: pq.read_table(file) for file in (path / "evaluations").iterdir()}
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -179,6 +183,9 @@ def assert_same_run(path: Path, other: Path) -> None:
     """Everything that two runs left is the same, bit for bit, times aside."""
     assert metrics(path) == metrics(other)
     assert read_jsonl(path / "eval.jsonl") == read_jsonl(other / "eval.jsonl")
+    values, expected_values = evaluations(path), evaluations(other)
+    assert values.keys() == expected_values.keys()
+    assert [name for name in values if not values[name].equals(expected_values[name])] == []
     tables, expected = rollouts(path), rollouts(other)
     assert tables.keys() == expected.keys()
     for step in expected:

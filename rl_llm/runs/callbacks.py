@@ -27,6 +27,10 @@ class TrainerView(Protocol):
         """The reward weights; `mixture.set_weight` changes one between two steps."""
 
     @property
+    def evaluation(self) -> Any:
+        """The latest `Evaluation`: in `on_evaluation` that one, with each metric's value a prompt; None before."""
+
+    @property
     def state(self) -> Any:
         """What a checkpoint holds of the trainer, a `TrainerState`: `before`, `progress`, `utility`, ..."""
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rl_llm.config import RunConfig, build_config, read_config
 from rl_llm.errors import UserError, option
 from rl_llm.runs.jsonl import read_jsonl
-from rl_llm.runs.writer import rollout_tables
+from rl_llm.runs.writer import evaluation_tables, rollout_tables
 
 
 class RunFiles:
@@ -49,6 +49,23 @@ class RunFiles:
     def evaluations(self) -> list[dict[str, Any]]:
         """eval.jsonl: `step`, `split`, `label`, `metrics` as `{name: {mean, low, high}}`, `samples`."""
         return read_jsonl(self.path / "eval.jsonl")
+
+    def evaluated(self, label: str, step: int | None = None) -> pa.Table:
+        """Each metric's value a prompt in an evaluation, a row a prompt: `prompt_id`, and float64 with null for none.
+
+        Args:
+            label: "before", "validation", "after" or "supervised".
+            step: the newest with this label by default.
+
+        Raises:
+            UserError: there is no such evaluation.
+        """
+        tables = {at: path for (name, at), path in evaluation_tables(self.path).items() if name == label}
+        if not tables or step not in (None, *tables):
+            asked = repr(label) if step is None else f"{label!r} of step {step}"
+            there = ", ".join(map(str, tables)) or "none"
+            raise UserError(f"{self.path} has no evaluation {asked}; those of it: {there}")
+        return pq.read_table(tables[max(tables) if step is None else step])
 
     @cached_property
     def failures(self) -> list[dict[str, Any]]:

@@ -3,14 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from rl_llm.files import write_text
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rl_llm.files import replacing, write_text
 from rl_llm.runs.callbacks import Callback, TrainerView, last_recorded
 from rl_llm.runs.checkpoint import by_step, step_name
-from rl_llm.runs.jsonl import JsonlWriter
+from rl_llm.runs.jsonl import MADE_AT_THE_END, JsonlWriter
 from rl_llm.values import to_json
 
 LINES = ("metrics", "eval", "failures")
 """The JSON-lines files of a run."""
+EVALUATIONS = "evaluations"
 
 
 class RunWriter(Callback):
@@ -27,11 +32,21 @@ class RunWriter(Callback):
         for step, table in rollout_tables(trainer.path).items():
             if step > kept:
                 table.unlink()
+        for (label, step), table in evaluation_tables(trainer.path).items():
+            if step > kept or label in MADE_AT_THE_END:
+                table.unlink()
 
     def on_step(self, trainer: TrainerView, metrics: dict[str, Any]) -> None:
         self._files["metrics"].write(metrics)
 
     def on_evaluation(self, trainer: TrainerView, evaluation: dict[str, Any]) -> None:
+        values = trainer.evaluation.values
+        columns = {name: pa.array(column, pa.float64(), mask=np.isnan(column)) for name, column in values.items()}
+        folder = trainer.path / EVALUATIONS
+        folder.mkdir(exist_ok=True)
+        # The line comes last: where it stands, its values stand too.
+        with replacing(folder / "{label}-{split}-{step:06d}.parquet".format(**evaluation)) as aside:
+            pq.write_table(pa.table({"prompt_id": trainer.evaluation.prompt_ids, **columns}), aside)
         self._files["eval"].write(evaluation)
 
     def on_failure(self, trainer: TrainerView, record: dict[str, Any]) -> None:
@@ -70,3 +85,13 @@ def rollout_table(run: Path, step: int, keep: int) -> Path | None:
 def rollout_tables(run: Path) -> dict[int, Path]:
     """The rollout tables that were kept, by step in order."""
     return by_step(run / "rollouts", ".parquet")
+
+
+def evaluation_tables(run: Path) -> dict[tuple[str, int], Path]:
+    """The values a prompt of each evaluation, by its label and step, in the order of the steps."""
+    found = {}
+    for path in (run / EVALUATIONS).glob("*-*-*.parquet"):
+        label, _, step = path.stem.split("-", 2)
+        if step.isdecimal():
+            found[label, int(step)] = path
+    return dict(sorted(found.items(), key=lambda item: item[0][1]))

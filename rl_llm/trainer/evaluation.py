@@ -92,9 +92,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation: the line for eval.jsonl and each metric's value a prompt, [P], NaN where there is none."""
+    """An evaluation: the line for eval.jsonl, the prompts, int64 [P], and each metric's value a prompt, float64 [P],
+    NaN where there is none.
+    """
 
     line: dict[str, Any]
+    prompt_ids: np.ndarray
     values: dict[str, np.ndarray]
 
 
@@ -155,7 +158,7 @@ class Evaluator:
             "metrics": {metric: interval(column) for metric, column in values.items()},
             "samples": self._samples(found, values),
         }
-        return Evaluation(line, values)
+        return Evaluation(line, found.prompt_ids, values)
 
     def _samples(self, found: Rollouts, values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         if self.config.samples == 0:

@@ -54,6 +54,7 @@ class TrainerState:
         steps: that are done, which are also the learner updates behind the weights.
         prompts_drawn: position in the task.
         tokens_trained: of all steps.
+        tokens_generated: sampled so far, in rollouts and in evaluations.
         seconds: that the run has taken, earlier starts included.
         before: metrics of the policy before training on the test split; empty until they are measured.
         mixture: see `Mixture.state_dict`.
@@ -68,6 +69,7 @@ class TrainerState:
     steps: int = 0
     prompts_drawn: int = 0
     tokens_trained: int = 0
+    tokens_generated: int = 0
     seconds: float = 0.0
     before: dict[str, Any] = field(default_factory=dict)
     mixture: dict[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
 from rl_llm.tasks import Task
 from rl_llm.tasks.source import PromptSource, held_out
 from rl_llm.trainer.collector import Rollouts
-from rl_llm.trainer.evaluation import Evaluation, Evaluator, Progress
+from rl_llm.trainer.evaluation import TOKENS, Evaluation, Evaluator, Progress
 from rl_llm.trainer.sampler import MakeSampler, Synchronous
 from rl_llm.trainer.state import Origin, TrainerState, configured, utility_weights
 from rl_llm.trainer.workers import Functions, Workers
@@ -42,6 +42,7 @@ class Trainer:
         mixture: the reward weights; `mixture.set_weight` changes one between two steps.
         learning_rate: its schedule; `learning_rate.peak` may be changed between two steps.
         weights: that rollouts act with.
+        evaluation: the latest one; None before the first.
         stopping: set it to have `advance` save and return after the step under way.
     """
 
@@ -51,6 +52,7 @@ class Trainer:
     state: TrainerState
     mixture: Mixture
     learning_rate: Schedule
+    evaluation: Evaluation | None
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class Trainer:
             self.workers.collector,
             self._note_failure,
         )
+        self.evaluation = None
         self.stopping = self._started = False
         self._saved: int | None = None
         self._clock_start, self._seconds_before = time.monotonic(), 0.0
@@ -204,6 +207,7 @@ class Trainer:
         clock.lap("learn")
         self.state.steps += 1
         self.state.tokens_trained += int(update["tokens/trained"])
+        self.state.tokens_generated += int(rollouts.summary["length"].to_numpy().sum())
         self._publish()
         clock.lap("publish")
         return {
@@ -243,7 +247,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Measure the policy before training: the base statistics, the first utility, and the test split."""
-        self.state.progress = Progress()  # of a beginning that was cut short nothing counts
+        # Of a beginning that was cut short nothing counts.
+        self.state.progress, self.state.tokens_generated = Progress(), 0
         self._validate()
         self.state.before = self.test("before").line["metrics"]
         self.save()
@@ -266,8 +271,10 @@ class Trainer:
         return evaluation
 
     def _evaluate(self, split: str, label: str, count: int) -> Evaluation:
-        prompts = held_out(self.task.splits[split], count)
-        return self.evaluator.evaluate(prompts, split, label, self.state.steps, self.weights, self.state.utility)
+        prompts, state = held_out(self.task.splits[split], count), self.state
+        self.evaluation = self.evaluator.evaluate(prompts, split, label, state.steps, self.weights, state.utility)
+        state.tokens_generated += int(self.evaluation.values[TOKENS].sum())
+        return self.evaluation
 
     # Checkpoints.
 
