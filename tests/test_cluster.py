@@ -34,6 +34,30 @@ def test_a_placement_gives_every_replica_its_bundle_and_takes_all_back(ray_sessi
     again.remove()
 
 
+def test_a_slot_has_room_for_the_trainers_process_before_that_for_its_actors(ray_session: None) -> None:
+    import ray
+
+    from rl_llm.runtime.cluster import HEAD, Placement, slot_bundles, slots_that_fit
+
+    assert slot_bundles(ResourcesConfig()) == [{"CPU": 1}]
+    gpus = ResourcesConfig(num_rollout_workers=1, num_gpus_per_rollout_worker=0.5, num_gpus_per_learner=1)
+    assert slot_bundles(gpus) == [{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 0.5}]
+    assert slots_that_fit(gpus) == 0
+    resources = ResourcesConfig(num_rollout_workers=1, num_learners=1, num_cpus_per_learner=0.5)
+    assert slot_bundles(resources) == [{"CPU": 0.1}, {"CPU": 0.5}, {"CPU": 1}]
+    assert slots_that_fit(resources) == 2
+
+    slot = Placement(resources, slot=True)
+    inside = Placement(resources, slot._group)
+    assert inside.bundle("learner", 0)["scheduling_strategy"].placement_group_bundle_index == 1
+    assert slot.bundle(HEAD, 0)["num_cpus"] == 0.1
+    inside.remove()
+    assert ray.util.placement_group_table(slot._group)["state"] == "CREATED"
+    slot.remove()
+    with pytest.raises(UserError, match=r"needs 1 x {CPU: 1, GPU: 1}.*missing GPU: 1. Lower resources.num_gpus_per_l"):
+        Placement(ResourcesConfig(num_gpus_per_learner=1, wait_s=0.1), slot=True)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

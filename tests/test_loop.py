@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rl_llm
 from rl_llm.config import PolicyConfig
-from rl_llm.errors import RunFailed, UserError
+from rl_llm.errors import RunFailed
 from rl_llm.learner.learner import Learner
 from rl_llm.policies import CausalLM
 from rl_llm.runs.callbacks import Callback
@@ -57,28 +57,6 @@ def test_run_directory_holds_what_the_run_did(tiny_run: Tiny) -> None:
     assert run.rollout_steps == [1, 2, 3, 4, 5, 6]
     assert sorted(folder.name for folder in (run.path / "checkpoints").glob("step-*")) == ["step-000004", "step-000006"]
     assert "match" in (run.path / "report.html").read_text()
-
-
-def test_an_evaluation_leaves_its_values_a_prompt(tiny_run: Tiny) -> None:
-    run = Run(tiny_run.undisturbed)
-    for line in run.evaluations:
-        table = run.evaluated(line["label"], line["step"])
-        assert {name: pytest.approx(entry["mean"]) for name, entry in line["metrics"].items()} == {
-            name: table[name].to_numpy().mean() for name in table.column_names if name != "prompt_id"
-        }
-    assert run.evaluated("validation").equals(run.evaluated("validation", 6))
-    assert run.evaluated("before")["prompt_id"] == run.evaluated("after")["prompt_id"]
-    with pytest.raises(UserError, match=r"no evaluation 'validation' of step 3; those of it: 0, 2, 4, 6"):
-        run.evaluated("validation", 3)
-
-
-def test_tokens_generated_are_those_of_rollouts_and_evaluations(tiny_run: Tiny) -> None:
-    run = Run(tiny_run.undisturbed)
-    state = json.loads((run.path / "checkpoints" / "step-000004" / "state.json").read_text())
-    rollouts = sum(len(ids) for step in range(1, 5) for ids in run.rollouts(step)["completion_ids"].to_pylist())
-    measured = [("validation", 0), ("before", 0), ("validation", 2), ("validation", 4)]
-    evaluations = sum(run.evaluated(*which)["tokens"].to_numpy().sum() for which in measured)
-    assert state["tokens_generated"] == rollouts + evaluations
 
 
 def test_rollout_table_is_what_was_trained_on(tiny_run: Tiny) -> None:

@@ -18,6 +18,7 @@ from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.writer import RunWriter
+from rl_llm.trainer.beginning import Beginning
 from rl_llm.trainer.trainer import Trainer
 
 ACTORS = {
@@ -28,11 +29,24 @@ WHERE = pytest.mark.parametrize("resources", [{}, ACTORS], ids=["here", "actors"
 
 
 @contextmanager
-def opened(config: RunConfig, path: Path, *callbacks: Callback, checkpoint: Path | None = None) -> Iterator[Trainer]:
+def opened(
+    config: RunConfig,
+    path: Path,
+    *callbacks: Callback,
+    checkpoint: Path | None = None,
+    beginning: Beginning | None = None,
+) -> Iterator[Trainer]:
     plan = make_plan(config, {})
     base, followers = str(config.policy.model), [RunWriter(), *callbacks]
     opened = Trainer.open(
-        config, path, plan.task, base, functions=plan.functions, callbacks=followers, checkpoint=checkpoint
+        config,
+        path,
+        plan.task,
+        base,
+        functions=plan.functions,
+        callbacks=followers,
+        checkpoint=checkpoint,
+        beginning=beginning,
     )
     with opened as trainer:
         yield trainer

@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rl_llm.runtime.memory import ray_memory
 from rl_llm.runtime.signals import outliving_the_terminal
 
 KINDS = ("learner", "rollout_worker", "reward_worker")
+HEAD = "head"
+"""The process that holds a trainer, where that has a bundle of its own: in a slot, whose first it is."""
 PROBE_S = 10.0
 SOCKET_PATH = 107
 """Bytes that the path of a socket may have on Linux."""
@@ -148,6 +151,11 @@ def _count(resources: ResourcesConfig, kind: str) -> int:
 
 
 def _bundle(resources: ResourcesConfig, kind: str) -> dict[str, float]:
+    if kind == HEAD:
+        # It gets what is asked for who learns and samples in it; that is one policy where it does both.
+        inside = [_bundle(resources, own) for own in KINDS[:2] if _count(resources, own) == 0]
+        most = {name: max(bundle.get(name, 0.0) for bundle in inside) for bundle in inside for name in bundle}
+        return most or {"CPU": 0.1}
     asked = {
         "CPU": getattr(resources, f"num_cpus_per_{kind}"),
         "GPU": getattr(resources, f"num_gpus_per_{kind}", 0.0),
@@ -158,14 +166,23 @@ def _bundle(resources: ResourcesConfig, kind: str) -> dict[str, float]:
 class Placement:
     """Room for all actors of a run, taken at once: a placement group with one bundle per replica.
 
+    Args:
+        slot: with a bundle for the process that holds the trainer, `bundle(HEAD, 0)`.
+        group: a slot that is there already, and stays with whoever made it.
+
     Raises:
         UserError: the cluster has no such room within `resources.wait_s`; names what is missing.
     """
 
-    def __init__(self, resources: ResourcesConfig) -> None:
+    def __init__(self, resources: ResourcesConfig, group: Any = None, slot: bool = False) -> None:
         self._bundles = {
-            (kind, index): _bundle(resources, kind) for kind in KINDS for index in range(_count(resources, kind))
+            **({(HEAD, 0): _bundle(resources, HEAD)} if slot or group is not None else {}),
+            **{(kind, index): _bundle(resources, kind) for kind in KINDS for index in range(_count(resources, kind))},
         }
+        self._given = group is not None
+        if self._given:
+            self._group = group
+            return
         self._group = ray.util.placement_group(list(self._bundles.values()), strategy="PACK")
         placed = False
         try:
@@ -183,7 +200,9 @@ class Placement:
         return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0), "scheduling_strategy": place}
 
     def remove(self) -> None:
-        """Gives the room back; actors still in it are killed."""
+        """Gives the room back where it is its own; actors still in it are killed."""
+        if self._given:
+            return
         ray.util.remove_placement_group(self._group)
 
     def _what_is_missing(self, resources: ResourcesConfig) -> str:
@@ -193,11 +212,13 @@ class Placement:
             for name, amount in bundle.items():
                 need[name] = need.get(name, 0.0) + amount
         missing = {name: amount - free.get(name, 0.0) for name, amount in need.items() if amount > free.get(name, 0.0)}
-        kinds = [kind for kind in KINDS if _count(resources, kind)]
-        asked = " and ".join(f"{_count(resources, kind)} x {{{_amounts(_bundle(resources, kind))}}}" for kind in kinds)
+        counts = Counter(kind for kind, _ in self._bundles)
+        asked = " and ".join(f"{count} x {{{_amounts(_bundle(resources, kind))}}}" for kind, count in counts.items())
         has = " and ".join(f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in need)
         lack = f"missing {_amounts(missing)}" if missing else "no single node has room for one of them"
-        knobs = [f"resources.num_{kind}s" for kind in kinds if not missing or missing.keys() & _bundle(resources, kind)]
+        short = [kind for kind in counts if not missing or missing.keys() & _bundle(resources, kind)]
+        knobs = [f"resources.num_{kind}s" for kind in short if kind != HEAD]
+        knobs = knobs or [f"resources.num_{name.lower()}s_per_learner" for name in missing or need]
         return (
             f"no room for the run's actors within {resources.wait_s:g} s: needs {asked}, the cluster has {has}; "
             f"{lack}. Lower {' or '.join(knobs)}, or what each asks for, or raise resources.wait_s"
@@ -206,3 +227,23 @@ class Placement:
 
 def _amounts(bundle: dict[str, float]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items())
+
+
+def slot_bundles(resources: ResourcesConfig) -> list[dict[str, float]]:
+    """What a slot asks for: a process that holds a trainer, and then each of the trainer's actors."""
+    workers = [_bundle(resources, kind) for kind in KINDS for _ in range(_count(resources, kind))]
+    return [_bundle(resources, HEAD), *workers]
+
+
+def slots_that_fit(resources: ResourcesConfig) -> int:
+    """How many slots the cluster's nodes have room for when nothing else is on them."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    count = 0
+    while True:
+        for bundle in slot_bundles(resources):
+            node = next((n for n in nodes if all(n.get(k, 0.0) >= v - 1e-9 for k, v in bundle.items())), None)
+            if node is None:
+                return count
+            for name, amount in bundle.items():
+                node[name] -= amount
+        count += 1

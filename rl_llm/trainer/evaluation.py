@@ -16,7 +16,7 @@ from rl_llm.runtime.weights import Weights
 from rl_llm.trainer.collector import Collector, FirstIds, Rollouts
 
 RESAMPLES = 2000
-TOKENS = "tokens"
+UTILITY, TOKENS = "utility", "tokens"
 CLIP = 10.0
 # Evaluation that is not greedy draws from streams that no training sample reaches.
 FIRST = FirstIds(key(Purpose.EVALUATION, 0), 0)
@@ -100,6 +100,11 @@ class Evaluation:
     prompt_ids: np.ndarray
     values: dict[str, np.ndarray]
 
+    @property
+    def raw(self) -> dict[str, np.ndarray]:
+        """Of components and metrics, without what is made of them."""
+        return {name: column for name, column in self.values.items() if name not in (UTILITY, TOKENS)}
+
 
 class Evaluator:
     """Scores a policy on fixed held-out prompts, greedily unless told otherwise.
@@ -149,7 +154,7 @@ class Evaluator:
         if utility is not None:
             if not utility.base:
                 utility.measure_base(values)
-            values["utility"] = utility.per_prompt(values)
+            values[UTILITY] = utility.per_prompt(values)
         values[TOKENS] = found.summary["length"].to_numpy().astype(np.float64)
         line = {
             "step": step,

@@ -24,6 +24,7 @@ from rl_llm.runs.writer import rollout_table
 from rl_llm.table import NOT_APPLICABLE, OK, REWARD, STATUS
 from rl_llm.tasks import Task
 from rl_llm.tasks.source import PromptSource, held_out
+from rl_llm.trainer.beginning import Beginning
 from rl_llm.trainer.collector import Rollouts
 from rl_llm.trainer.evaluation import TOKENS, Evaluation, Evaluator, Progress
 from rl_llm.trainer.sampler import MakeSampler, Synchronous
@@ -63,11 +64,12 @@ class Trainer:
         callbacks: Sequence[Callback],
         sampler: MakeSampler,
         origin: Origin,
+        beginning: Beginning | None,
     ) -> None:
         self.workers, self.learner = workers, workers.learner
         self.callbacks = Callbacks(callbacks)
         self._make_sampler = sampler
-        self._begin_with(config, path, task, origin)
+        self._begin_with(config, path, task, origin, beginning)
 
     @classmethod
     @contextmanager
@@ -84,6 +86,8 @@ class Trainer:
         sampler: MakeSampler = Synchronous,
         parallel: MakeParallel = DataParallel,
         origin: Origin | None = None,
+        beginning: Beginning | None = None,
+        group: Any = None,
     ) -> Iterator["Trainer"]:
         """A trainer with its workers started and the first weights published; both end with the context.
 
@@ -96,11 +100,13 @@ class Trainer:
             sampler: makes what gives each step its rollouts.
             parallel: makes how several learners go together.
             origin: what the run is made from, to be kept in its checkpoints.
+            beginning: of a run from the same base, to be recorded in place of measuring it again where it serves.
+            group: room for the workers that is there already, see `Placement`.
         """
         functions = functions or {}
-        workers = Workers(config, base, config.measured, functions, parallel=parallel)
+        workers = Workers(config, base, config.measured, functions, parallel=parallel, group=group)
         try:
-            trainer = cls(config, path, task, workers, callbacks, sampler, origin or Origin())
+            trainer = cls(config, path, task, workers, callbacks, sampler, origin or Origin(), beginning)
             trainer.learner.see(trainer.path)
             if checkpoint is None:
                 trainer._publish()
@@ -110,7 +116,9 @@ class Trainer:
         finally:
             workers.close()
 
-    def _begin_with(self, config: RunConfig, path: Path, task: Task, origin: Origin) -> None:
+    def _begin_with(
+        self, config: RunConfig, path: Path, task: Task, origin: Origin, beginning: Beginning | None
+    ) -> None:
         """Everything that is of one run, as at its beginning."""
         # Learners in other processes write here too, from wherever they run.
         self.config, self.path, self.task = config, path.absolute(), task
@@ -128,6 +136,7 @@ class Trainer:
             self._note_failure,
         )
         self.evaluation = None
+        self._beginning = beginning if beginning is not None and beginning.serves(config) else None
         self.stopping = self._started = False
         self._saved: int | None = None
         self._clock_start, self._seconds_before = time.monotonic(), 0.0
@@ -140,18 +149,19 @@ class Trainer:
         base: str,
         functions: Functions | None = None,
         origin: Origin | None = None,
+        beginning: Beginning | None = None,
     ) -> None:
         """Begin another run, on these workers; it is the run that a fresh process would make.
 
         Args:
-            functions, origin: as for `open`.
+            functions, origin, beginning: as for `open`.
 
         Raises:
             UserError: the config asks for other resources.
         """
         self.workers.reset(config, base, config.measured, functions or {})
         self.learner = self.workers.learner
-        self._begin_with(config, path, task, origin or Origin())
+        self._begin_with(config, path, task, origin or Origin(), beginning)
         self.learner.see(self.path)
         self._publish()
 
@@ -163,10 +173,7 @@ class Trainer:
         Raises:
             RunFailed: the run cannot go on; the last checkpoint stands.
         """
-        self._start()
-        if not self.state.before:
-            self._begin()
-            self.callbacks.emit("on_recorded", self)
+        self.begin()
         evaluated = False
         while not (evaluated or self.over):
             self.callbacks.emit("on_step", self, self.step())
@@ -245,13 +252,17 @@ class Trainer:
 
     # Evaluation.
 
-    def _begin(self) -> None:
-        """Measure the policy before training: the base statistics, the first utility, and the test split."""
+    def begin(self) -> None:
+        """Measure the policy before training, once: the base statistics, the first utility, and the test split."""
+        self._start()
+        if self.state.before:
+            return
         # Of a beginning that was cut short nothing counts.
         self.state.progress, self.state.tokens_generated = Progress(), 0
         self._validate()
         self.state.before = self.test("before").line["metrics"]
         self.save()
+        self.callbacks.emit("on_recorded", self)
 
     def _validate(self) -> None:
         evaluation = self._evaluate("tune", "validation", self.config.evaluation.prompts)
@@ -271,7 +282,14 @@ class Trainer:
         return evaluation
 
     def _evaluate(self, split: str, label: str, count: int) -> Evaluation:
-        prompts, state = held_out(self.task.splits[split], count), self.state
+        state = self.state
+        if self._beginning is not None and not state.before:
+            # Not counted among the tokens: they were generated elsewhere.
+            self.evaluation = self._beginning.evaluations[label]
+            if not state.utility.base:
+                state.utility.measure_base(self.evaluation.raw)
+            return self.evaluation
+        prompts = held_out(self.task.splits[split], count)
         self.evaluation = self.evaluator.evaluate(prompts, split, label, state.steps, self.weights, state.utility)
         state.tokens_generated += int(self.evaluation.values[TOKENS].sum())
         return self.evaluation

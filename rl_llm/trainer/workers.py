@@ -43,6 +43,7 @@ class Workers:
         functions: Functions,
         learns: bool = True,
         parallel: MakeParallel = DataParallel,
+        group: Any = None,
     ) -> None:
         """Start them.
 
@@ -52,6 +53,7 @@ class Workers:
             functions: reward functions given as they are, by component.
             learns: without, there is no learner, and rollout workers act with `base`.
             parallel: how several learners go together.
+            group: room that is there already, see `Placement`.
         """
         self._config, self._learns, self._parallel = config, learns, parallel
         # In this process it may refuse the config, and there is nothing to give back yet.
@@ -61,7 +63,7 @@ class Workers:
         if resources.uses_ray:
             from rl_llm.runtime.cluster import Placement
 
-            self._placement = Placement(resources)
+            self._placement = Placement(resources, group)
         self.dispatcher = Dispatcher()
         try:
             if learns:
