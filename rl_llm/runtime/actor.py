@@ -108,9 +108,9 @@ class Actor:
             cause: Exception = error.cause if raised else error
             # A method that talks to Ray may itself raise what would else be news of this actor.
             if isinstance(cause, ray.exceptions.ObjectLostError if raised else _GONE):
-                raise WorkerDied(_reason(cause)) from None
+                raise WorkerDied(reason_of(cause)) from None
             if isinstance(cause, _FULL):
-                cause = RunFailed(f"Ray has no room for what a worker returned: {_reason(cause)}")
+                cause = RunFailed(f"Ray has no room for what a worker returned: {reason_of(cause)}")
             elif raised:
                 cause.add_note(re.sub(r"\x1b\[\d*m", "", str(error)))
             return Answer(id, error=cause)
@@ -123,7 +123,7 @@ class Actor:
             ray.kill(self._handle)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What Ray says of a loss, in a line: how full the node's memory was, or else what it puts last but advice."""
     text, name = str(error), type(error).__name__
     full = _MEMORY.search(text)
