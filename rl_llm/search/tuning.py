@@ -1,8 +1,8 @@
 """A course on Ray Tune: Tune starts, pauses and retries trials in their slots, the course decides which.
 
-Two adapters stand between them: Tune asks its search algorithm for the next trial, and its scheduler what becomes of one
-that has reported. Both answer with what the course says. Tune keeps nothing that we need: checkpoints are the trials' own,
-and decisions stand in the ledger, so neither its checkpoints nor its `Tuner.restore` have a part in this.
+Two adapters stand between them: Tune asks its search algorithm for the next trial, and its scheduler what becomes of
+one that has reported. Both answer with what the course says. Tune keeps nothing that we need: checkpoints are the
+trials' own, and decisions stand in the ledger, so neither its checkpoints nor its `Tuner.restore` have a part in this.
 """
 
 import json
