@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rl_llm.config import Ramp, RewardsConfig, Scheduled, value_at
+from rl_llm.controllers import RULES, Decision, Statistics
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.groups import EPS, Grouped, Scale
 
@@ -44,13 +45,14 @@ class Mixture:
     """Weights and combines components; its weights may be changed between two steps.
 
     Attributes:
-        weights: by component, a number or a `Ramp`; change one with `set_weight`.
+        weights: by component, a number or a `Ramp`; change one with `set_weight`. A controller sets out from them.
     """
 
     def __init__(self, config: RewardsConfig) -> None:
         self.config = config
         self.weights: dict[str, Scheduled] = dict(config.weights)
         self._baseline: np.ndarray | None = None
+        self._controller: dict[str, Any] = {}
 
     def set_weight(self, name: str, value: Scheduled) -> None:
         """Raises `UserError` where there is no such component or the value is not finite."""
@@ -61,11 +63,11 @@ class Mixture:
         self.weights[name] = value if isinstance(value, Ramp) else float(value)
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """The numbers the weights stand for at a step."""
+        """The numbers the weights stand for at a step, before a controller."""
         return {name: value_at(weight, step) for name, weight in self.weights.items()}
 
     def mix(self, components: dict[str, np.ndarray], groups: np.ndarray | None, step: int, scale: Scale) -> Mixed:
-        """Weigh the raw components of a step.
+        """Weigh the raw components of a step; asked once a step, since a controller goes on with each.
 
         The first batch ever mixed, the first policy's, sets the baseline that `std_floor` refers to; a component
         without two values in any group of it has no floor.
@@ -83,12 +85,13 @@ class Mixture:
             `share/<name>`: the covariance share of the advantage, sum_i(c_i A_i) / sum_i(A_i^2) for contribution c;
             they add up to 1, or are all 0 where there is no advantage.
             `correlation/<a>~<b>`: Pearson's, of deviations from group means over rows with both; 0 where undefined.
-            `weights/<name>`; `groups/without_signal`: share of groups where every advantage is 0.
+            `weights/<name>`, as applied; `controller/...`: what its rule has to show.
+            `groups/without_signal`: share of groups where every advantage is 0.
         """
         raw = np.stack([components[name] for name in self.weights], axis=1)
-        numbers = self.weights_at(step)
-        weights = np.array(list(numbers.values()))
         batch = Grouped(self._transform(raw), np.zeros(len(raw), int) if groups is None else groups)
+        weights, self._controller, controlled = self._decide(raw, batch, step)
+        names = list(self.weights)
         baseline = self._baseline = batch.covariance() if self._baseline is None else self._baseline
         valid = batch.present.any(axis=1)
         if self.config.combine == "normalize_then_sum":
@@ -101,19 +104,20 @@ class Mixture:
         reward = np.where(valid, batch.filled @ weights, np.nan)
         diagnostics = {
             **_moments("reward", reward),
-            **{key: n for k, name in enumerate(numbers) for key, n in _moments(f"reward/{name}", raw[:, k]).items()},
-            **_shares(list(numbers), contributions, advantages),
-            **_correlations(list(numbers), raw, batch.index),
-            **{f"weights/{name}": weight for name, weight in numbers.items()},
+            **{key: n for k, name in enumerate(names) for key, n in _moments(f"reward/{name}", raw[:, k]).items()},
+            **_shares(names, contributions, advantages),
+            **_correlations(names, raw, batch.index),
+            **{f"weights/{name}": float(weight) for name, weight in zip(names, weights, strict=True)},
+            **controlled,
             "groups/without_signal": float((batch.largest(advantages) < _NO_SIGNAL).mean()),
         }
-        return Mixed(reward, valid, outcome, advantages, dict(zip(numbers, contributions.T, strict=True)), diagnostics)
+        return Mixed(reward, valid, outcome, advantages, dict(zip(names, contributions.T, strict=True)), diagnostics)
 
     def signal(self, components: dict[str, np.ndarray], groups: np.ndarray, step: int) -> np.ndarray:
         """Rows of groups with something to learn from, samples whose mixtures differ, bool [N]; arguments of `mix`."""
         raw = np.stack([components[name] for name in self.weights], axis=1)
-        weights = np.array(list(self.weights_at(step).values()))
         batch = Grouped(self._transform(raw), groups)
+        weights = self._decide(raw, batch, step).weights
         if self.config.combine == "normalize_then_sum":
             baseline = batch.covariance() if self._baseline is None else self._baseline
             valid = batch.present.any(axis=1)
@@ -121,6 +125,16 @@ class Mixture:
         else:
             deviations = batch.centred @ weights
         return (batch.largest(deviations) > _NO_SIGNAL)[batch.index]
+
+    def _decide(self, raw: np.ndarray, batch: Grouped, step: int) -> Decision:
+        """The weights of a step and what goes with them, of its raw values [N, K]; nothing of the mixture changes."""
+        weights = np.array(list(self.weights_at(step).values()))
+        if self.config.controller is None:
+            return Decision(weights, {}, {})
+        specs = [self.config.components[name] for name in self.weights]
+        floor = np.array([min(np.multiply(spec.clip, spec.scale)) if spec.clip else np.nan for spec in specs])
+        statistics = Statistics.of(list(self.weights), weights, floor, raw, batch)
+        return RULES[self.config.controller.kind](self.config.controller, self._controller, statistics)
 
     def _transform(self, raw: np.ndarray) -> np.ndarray:
         """Gate, clip and scale, [N, K]. A gate looks at raw values and is shut where the gating component has none."""
@@ -168,18 +182,23 @@ class Mixture:
         return contributions / (spread + _EPS_BATCH)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and baseline as JSON has them."""
+        """Weights, baseline and, where there is one, the controller's state as JSON has them."""
         names = list(self.weights)
         baseline = self._baseline
+        controller = self.config.controller
         return {
             "weights": {name: w.model_dump() if isinstance(w, Ramp) else w for name, w in self.weights.items()},
             "baseline": None
             if baseline is None
             else {a: {b: float(baseline[i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)},
+            **({"controller": {"kind": controller.kind, "state": self._controller}} if controller else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `UserError` where the state is of a mixture of other components."""
+        """Go on from it; a controller of another kind begins anew.
+
+        Raises `UserError` where the state is of a mixture of other components.
+        """
         if set(state["weights"]) != set(self.weights):
             raise UserError(
                 f"the saved mixture has the components {sorted(state['weights'])}, this one {sorted(self.weights)}"
@@ -188,6 +207,8 @@ class Mixture:
         self.weights = {name: saved[name] for name in self.weights}
         baseline = state["baseline"]
         self._baseline = baseline and np.array([[baseline[a][b] for b in self.weights] for a in self.weights])
+        saved_rule, rule = state.get("controller"), self.config.controller
+        self._controller = saved_rule["state"] if saved_rule and rule and saved_rule["kind"] == rule.kind else {}
 
 
 def _moments(key: str, values: np.ndarray) -> dict[str, float]:

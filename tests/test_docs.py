@@ -16,12 +16,13 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import rl_llm
-from rl_llm.config import ComponentConfig, GateConfig, RunConfig, build_config
+from rl_llm.config import BoundConfig, ComponentConfig, ControllerConfig, GateConfig, RunConfig, build_config
 from rl_llm.config.yaml12 import read_yaml
 from rl_llm.rewards import known
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+MODELS = [RunConfig, ComponentConfig, GateConfig, ControllerConfig, BoundConfig]
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
 
 
@@ -42,7 +43,7 @@ def defaults(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
             yield key, list(default) if isinstance(default, tuple) else default
 
 
-@pytest.mark.parametrize("model", [RunConfig, ComponentConfig, GateConfig])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_key_is_documented_with_its_default(model: type[BaseModel]) -> None:
     found = documented()
     for key, default in defaults(model):
@@ -56,7 +57,7 @@ def test_every_key_is_documented_with_its_default(model: type[BaseModel]) -> Non
 
 
 def test_no_key_is_documented_that_does_not_exist() -> None:
-    keys = {key for model in (RunConfig, ComponentConfig, GateConfig) for key, _ in defaults(model)}
+    keys = {key for model in MODELS for key, _ in defaults(model)}
     assert set(documented()) - keys == set()
 
 

@@ -12,7 +12,7 @@ FLOORS = [
     ["launch"],
     ["trainer"],
     ["learner", "rollout", "rewards", "runs"],
-    ["policies", "algorithms", "mixture", "tasks", "runtime"],
+    ["policies", "algorithms", "mixture", "controllers", "tasks", "runtime"],
     ["config"],
     ["table", "columns", "values", "groups", "rng", "imports", "files", "errors", "process"],
 ]

@@ -24,7 +24,14 @@ from rl_llm.config.learner import LearnerConfig
 from rl_llm.config.overrides import apply_override, explain
 from rl_llm.config.policy import LoraConfig, PolicyConfig, ScratchConfig, WarmStartConfig
 from rl_llm.config.resources import ResourcesConfig
-from rl_llm.config.rewards import ComponentConfig, GateConfig, RewardsConfig, expand_components
+from rl_llm.config.rewards import (
+    BoundConfig,
+    ComponentConfig,
+    ControllerConfig,
+    GateConfig,
+    RewardsConfig,
+    expand_components,
+)
 from rl_llm.config.rollout import RolloutConfig
 from rl_llm.config.task import SplitConfig, TaskConfig
 from rl_llm.config.trainer import CheckpointConfig, LoggingConfig, TrainerConfig
@@ -40,8 +47,10 @@ __all__ = [
     "VERSIONS",
     "Aggregation",
     "AlgorithmConfig",
+    "BoundConfig",
     "CheckpointConfig",
     "ComponentConfig",
+    "ControllerConfig",
     "CorrectionConfig",
     "EvaluationConfig",
     "GateConfig",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from rl_llm.config.base import MAY_CHANGE, Scheduled, Section
+from rl_llm.config.base import MAY_CHANGE, Ramp, Scheduled, Section, value_at
 from rl_llm.errors import did_you_mean
 
 
@@ -72,6 +72,33 @@ def expand_components(value: Any) -> Any:
     return out
 
 
+class BoundConfig(Section):
+    """Where the mean of a component's raw values is held."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "BoundConfig":
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("a constraint is either 'at_least' or 'at_most'")
+        return self
+
+
+class ControllerConfig(Section):
+    """A rule that moves the weights; what each does is in `controllers.py`."""
+
+    kind: Literal["constraint", "variation", "variance", "hypervolume"]
+    constraints: dict[str, BoundConfig] = Field({}, description="by component, with kind: constraint")
+    lr: float = Field(1.0, gt=0, description="step size of the multipliers, with kind: constraint")
+
+    @model_validator(mode="after")
+    def _constraints_of_their_kind(self) -> "ControllerConfig":
+        if (self.kind == "constraint") != bool(self.constraints):
+            raise ValueError("kind: constraint and constraints, such as chrf: {at_least: 0.5}, go together")
+        return self
+
+
 Components = Annotated[dict[str, ComponentConfig], BeforeValidator(expand_components)]
 
 
@@ -83,6 +110,9 @@ class RewardsConfig(Section):
     combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     std_floor: float = Field(
         0.1, ge=0, description="a group's std is never taken below this share of the first policy's std"
+    )
+    controller: Annotated[ControllerConfig | None, MAY_CHANGE] = Field(
+        None, description="a rule that moves the weights; empty: they stay as they are given"
     )
 
     @model_validator(mode="after")
@@ -98,3 +128,33 @@ class RewardsConfig(Section):
                 raise ValueError(f"components.{name}.gate.component {gate!r}: {did_you_mean(gate, self.components)}")
         self.weights = {name: self.weights.get(name, 1.0) for name in self.components}
         return self
+
+    @model_validator(mode="after")
+    def _controlled(self) -> "RewardsConfig":
+        if self.controller is None:
+            return self
+        for name, weight in self.weights.items():
+            if isinstance(weight, Ramp):
+                raise ValueError(f"weights.{name} is moved by a ramp already; leave out one of ramp and controller")
+        if len(self.components) < 2:
+            raise ValueError("controller moves weights against each other: it needs two components or more")
+        if self.controller.kind == "variance" and self.combine != "normalize_then_sum":
+            raise ValueError("controller.kind variance weighs normalised components: set combine: normalize_then_sum")
+        for name, bound in self.controller.constraints.items():
+            if name not in self.components:
+                known = did_you_mean(name, self.components)
+                raise ValueError(f"controller.constraints.{name}: no such component; {known}")
+            side, sign = ("at_least", 1) if bound.at_most is None else ("at_most", -1)
+            if value_at(self.weights[name], 0) * self.components[name].scale * sign <= 0:
+                raise ValueError(
+                    f"controller.constraints.{name}.{side}: its weight times its scale must be "
+                    f"{'above' if sign > 0 else 'below'} 0, or more weight would push it the wrong way"
+                )
+        free = [name for name, weight in self.weights.items() if weight and name not in self.controller.constraints]
+        if not free:
+            raise ValueError("controller.constraints: leave one component unconstrained, to be maximised")
+        return self
+
+    def uncontrolled(self) -> "RewardsConfig":
+        """The same without its controller, for weights that are given."""
+        return self.model_copy(update={"controller": None})

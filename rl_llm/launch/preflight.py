@@ -122,6 +122,14 @@ def check_algorithm(config: RunConfig) -> None:
             f"rewards.combine=normalize_then_sum divides by spreads, which the advantage {algorithm.advantage} does "
             "not; take algorithm.advantage=grpo, or rewards.combine=sum_then_normalize"
         )
+    if config.rewards.controller and config.rewards.controller.kind == "hypervolume":
+        beside_kl = config.algorithm.kl.coef > 0 and algorithm.kl_placement == "reward"
+        whitened = algorithm.per_token and algorithm.whiten and not beside_kl
+        if algorithm.advantage == "grpo" or whitened or config.rewards.combine == "normalize_then_sum":
+            raise UserError(
+                "rewards.controller.kind=hypervolume multiplies all weights by one number, which these advantages "
+                "divide out again; take algorithm.name=dr_grpo or rloo, and rewards.combine=sum_then_normalize"
+            )
     if minibatches > rollout.prompts_per_step:
         raise UserError(
             f"learner.minibatches {minibatches}: a minibatch takes whole groups, and rollout.prompts_per_step is "
@@ -221,13 +229,14 @@ def describe(plan: Plan) -> list[str]:
     rows = rollout.prompts_per_step * rollout.samples_per_prompt
     source = config.policy.model or "built from scratch"
     weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.weights.items())
+    moved = f", moved by {config.rewards.controller.kind}" if config.rewards.controller else ""
     lines = [
         f"task       {task.name}: {splits} prompts",
         *([f"warning    {overlap}"] if (overlap := task.overlap()) else []),
         f"policy     {source}: {short(total)} parameters, {short(trainable)} of them train ({config.policy.trainable})",
         *_first_prompt(plan),
         *([f"probe      {plan.probe}"] if plan.probe else []),
-        f"rewards    {weights} ({config.rewards.combine})",
+        f"rewards    {weights} ({config.rewards.combine}{moved})",
         f"step       {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples in requests of "
         f"{rollout.request_rows} rows, {-(-rows // rollout.request_rows)} a step; "
         f"{config.algorithm.name}, lr {config.learner.lr:g}",

@@ -142,7 +142,8 @@ def replay(run_dir: str | Path, weights: Mapping[str, float]) -> Replay:
         UserError: no run, no rollout table in it, or weights that are no component's or not finite.
     """
     run = RunFiles(run_dir)
-    own, other = Mixture(run.config.rewards), Mixture(run.config.rewards)
+    rewards = run.config.rewards.uncontrolled()  # what a controller made of the weights is logged
+    own, other = Mixture(rewards), Mixture(rewards)
     for name, weight in weights.items():
         other.set_weight(name, weight)
     # A table without its line in metrics.jsonl is of a step that a kill cut short and a resume does again.

@@ -320,7 +320,7 @@ class _Read:
 
 def _advantages(samples: Samples, config: RunConfig, members: list[str], weights: np.ndarray) -> np.ndarray:
     """The config's own advantages of each weighting, float64 [W, P, n]."""
-    algorithm, mixture = build_algorithm(config.algorithm), Mixture(config.rewards)
+    algorithm, mixture = build_algorithm(config.algorithm), Mixture(config.rewards.uncontrolled())
     groups = None if algorithm.per_token else samples.groups
     components = {name: samples.values[name] for name in config.rewards.components}
     out = np.empty((len(weights), *samples.shape))

@@ -97,6 +97,7 @@ def mixture_charts(run: RunFiles) -> list[Chart]:
     components = list(run.config.rewards.components)
     families = {
         "weights/{}": ("Weights", "as applied in each step"),
+        "controller/violation/{}": ("Violation", "how far the mean is on the wrong side of its constraint"),
         "share/{}": ("Share of the advantage", "how much of what the learner followed came from each component"),
         "reward/{}/std": ("Spread", "standard deviation of each raw component over the samples of a step"),
         "failures/{}": ("Failed rows", "error or timeout, rows a step; handled as on_failure says"),

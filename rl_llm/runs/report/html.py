@@ -71,6 +71,7 @@ def header(run: RunFiles) -> str:
         "data": config.task.data,
         "samples a step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt}",
         "reward": mixture_formula(run),
+        "controller": config.rewards.controller and config.rewards.controller.kind,
         "bad data rows": summary.get("bad_rows"),
         "worker restarts": sum(summary.get("restarts", {}).values()) or None,
     }
