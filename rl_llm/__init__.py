@@ -14,15 +14,15 @@ from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run, load_run
 
 if TYPE_CHECKING:
-    from rl_llm.api import train
+    from rl_llm.api import forecast, train
 
-__all__ = ["Callback", "Run", "RunFailed", "Takes", "UserError", "load_run", "reward", "train"]
+__all__ = ["Callback", "Run", "RunFailed", "Takes", "UserError", "forecast", "load_run", "reward", "train"]
 
 
 def __getattr__(name: str) -> Any:
     # Training brings in torch and transformers; reading a run or writing a reward needs neither.
-    if name == "train":
-        from rl_llm.api import train
+    if name in ("forecast", "train"):
+        from rl_llm import api
 
-        return train
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

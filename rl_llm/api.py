@@ -1,4 +1,4 @@
-"""The Python face: one call that trains."""
+"""The Python face: one call that trains, one that forecasts."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,16 +13,19 @@ from rl_llm.launch.training import run_training
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.directory import run_directory
 from rl_llm.runs.run import Run
-from rl_llm.tasks import task_from_rows
+from rl_llm.search.forecast import Forecast
+from rl_llm.search.forecasting import SAMPLES, run_forecast, settings_of
+from rl_llm.tasks import Task, task_from_rows
 
 Reward = str | Callable[..., Any]
+Dataset = str | PathLike[str] | Iterable[Mapping[str, Any]]
 
 SHORT = {"steps": ("trainer", "steps"), "seed": ("trainer", "seed"), "learning_rate": ("learner", "lr")}
 
 
 def train(
     model: str | PathLike[str] | None = None,
-    dataset: str | PathLike[str] | Iterable[Mapping[str, Any]] | None = None,
+    dataset: Dataset | None = None,
     rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None = None,
     weights: Mapping[str, float] | None = None,
     *,
@@ -55,10 +58,59 @@ def train(
         RunFailed: the run could not go on.
     """
     raw = {} if recipe is None else read_config(Path(recipe))
+    config, functions, task = _configured(train, raw, model, dataset, rewards, weights, combine, settings)
+    with run_directory(None if output is None else Path(output)) as path:
+        return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
+
+
+def forecast(
+    model: str | PathLike[str] | None = None,
+    dataset: Dataset | None = None,
+    rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None = None,
+    weights: Mapping[str, float] | None = None,
+    *,
+    combine: str | None = None,
+    recipe: str | PathLike[str] | None = None,
+    samples: int = SAMPLES,
+    kl: float | None = None,
+    output: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Forecast:
+    """Say before any training what each weighting of the rewards would come to, from the base policy's samples.
+
+    Args:
+        recipe: a packaged recipe, a YAML file or a run directory to start from.
+        samples: completions a tune prompt.
+        kl: nats a completion at which weightings are compared; default: 1, or half of log(samples / 4) where less.
+        output: directory for forecast.parquet, .json and .html; default: the run's own, or runs/forecast-<time>.
+
+    The other arguments are those of `train`.
+
+    Raises:
+        UserError: something has to be changed first; nothing was sampled.
+        RunFailed: a reward failed beyond what its configuration allows.
+    """
+    raw, run = ({}, None) if recipe is None else settings_of(Path(recipe))
+    config, functions, task = _configured(forecast, raw, model, dataset, rewards, weights, combine, settings)
+    with run_directory(run if output is None else Path(output), "forecast-") as path:
+        return run_forecast(config, path, print, samples=samples, kl=kl, functions=functions, task=task)
+
+
+def _configured(
+    caller: Callable[..., Any],
+    raw: dict[str, Any],
+    model: str | PathLike[str] | None,
+    dataset: Dataset | None,
+    rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None,
+    weights: Mapping[str, float] | None,
+    combine: str | None,
+    settings: Mapping[str, Any],
+) -> tuple[RunConfig, dict[str, Callable[..., Any]], Task | None]:
+    """The config that arguments make of plain settings, with the functions and the rows among them."""
     for name, value in settings.items():
         if name not in RunConfig.model_fields and name not in SHORT:
-            hint = did_you_mean(name, [*RunConfig.model_fields, *SHORT, *inspect.signature(train).parameters])
-            raise UserError(f"train(): there is no {name!r}; {hint}")
+            hint = did_you_mean(name, [*RunConfig.model_fields, *SHORT, *inspect.signature(caller).parameters])
+            raise UserError(f"{caller.__name__}(): there is no {name!r}; {hint}")
         section, values = (SHORT[name][0], {SHORT[name][1]: value}) if name in SHORT else (name, value)
         _section(raw, section).update(_mapping(section, values))
     if model is not None:
@@ -76,10 +128,8 @@ def train(
     elif dataset is not None:
         rows = dataset
         _section(raw, "task")["data"] = ROWS
-    config = build_config(raw, where="train()")
-    task = None if rows is None else task_from_rows(rows, config.task)
-    with run_directory(None if output is None else Path(output)) as path:
-        return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
+    config = build_config(raw, where=f"{caller.__name__}()")
+    return config, functions, None if rows is None else task_from_rows(rows, config.task)
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -88,7 +138,7 @@ def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _mapping(name: str, values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise UserError(f"train(): {name} is a section, such as {name}={{...}}, not {values!r}")
+        raise UserError(f"{name} is a section, such as {name}={{...}}, not {values!r}")
     return values
 
 

@@ -86,6 +86,35 @@ def train(
 
 
 @app.command()
+@shielded()
+def forecast(
+    source: Annotated[
+        str, typer.Argument(help="a packaged recipe, a YAML file or a run directory", metavar="RECIPE|FILE|RUN")
+    ],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="completions a tune prompt")] = 64,
+    kl: Annotated[
+        float | None, typer.Option(help="nats a completion at which weightings are compared; default: 1 at most")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="directory; default: the run's own, or runs/forecast-<recipe>-<time>")
+    ] = None,
+) -> None:
+    """Say before any training what each weighting of the rewards would come to, from the base policy's samples."""
+    from rl_llm.config import build_config
+    from rl_llm.runs.directory import run_directory
+    from rl_llm.search.forecasting import run_forecast, settings_of
+
+    raw, run = settings_of(source)
+    config = build_config(raw, overrides or [], where=source)
+    with run_directory(output or run, f"forecast-{Path(source).stem}-") as path:
+        found = run_forecast(config, path, _note, samples=samples, kl=kl)
+    out = terminal()
+    out.print(found) if out.is_terminal else print(found)
+    print(f"forecast {path / 'forecast.json'}  samples {path / 'forecast.parquet'}  report {path / 'forecast.html'}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run directory or a model", metavar="MODEL|RUN")],
     overrides: Overrides = None,

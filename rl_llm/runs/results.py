@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 import rich.table
-from rich.console import Console
+from rich.console import Console, RichCast
 from rich.text import Text
 
 from rl_llm.runs.reader import RunFiles
@@ -37,7 +37,7 @@ class ResultTable:
         """Header row and one row a metric, as text."""
         rows = [["metric", *(label.replace("_", " ") for label in self.columns)]]
         for name in self.metrics:
-            rows.append([name, *(_interval(metrics.get(name)) for metrics in self.columns.values())])
+            rows.append([name, *(interval_text(metrics.get(name)) for metrics in self.columns.values())])
         return rows
 
     def __rich__(self) -> rich.table.Table:
@@ -65,9 +65,7 @@ class ResultTable:
         return "\n".join([*lines, "mean [95 % interval] on the test split; *: before and after do not overlap"])
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, width=40 + 30 * len(self.columns), file=io.StringIO())
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return html_of(self, width=40 + 30 * len(self.columns))
 
 
 def results_of(run: RunFiles) -> ResultTable:
@@ -83,7 +81,15 @@ def _test_metrics(run: RunFiles, label: str) -> dict[str, Interval]:
     return noted or (lines[-1] if lines else {})
 
 
-def _interval(entry: Interval | None) -> str:
+def html_of(table: RichCast, width: int) -> str:
+    """A table as a notebook shows it."""
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(table)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def interval_text(entry: Interval | None) -> str:
+    """`0.513 [0.480, 0.551]`; - without a value."""
     mean, low, high = (entry or {}).get("mean"), (entry or {}).get("low"), (entry or {}).get("high")
     if mean is None:
         return "-"

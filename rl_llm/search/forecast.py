@@ -19,8 +19,9 @@ from rl_llm.config import RunConfig, value_at
 from rl_llm.errors import UserError, did_you_mean, option
 from rl_llm.mixture import Mixture
 from rl_llm.rng import Purpose, stream
+from rl_llm.runs.forecasts import ForecastText
 from rl_llm.search.dominance import FRONT, NOTHING, OUT_OF_REACH, UNDECIDED, Interval, bootstrap, verdicts
-from rl_llm.search.samples import Samples, check_sizes
+from rl_llm.search.samples import LEAST_SAMPLES, Samples, check_prompts
 from rl_llm.search.tilt import Tilted, reach, tilt
 from rl_llm.trainer.evaluation import Utility
 
@@ -144,6 +145,15 @@ class Forecast:
             chosen.append(int(far[0] if self.utility is not None else np.argmax(distance)))
         return [dict(zip(self.members, map(float, lie[index]), strict=True)) for index in chosen[:count]]
 
+    def __rich__(self) -> ForecastText:
+        return ForecastText(self.to_dict())
+
+    def __str__(self) -> str:
+        return str(ForecastText(self.to_dict()))
+
+    def _repr_html_(self) -> str:
+        return ForecastText(self.to_dict())._repr_html_()
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
@@ -152,6 +162,23 @@ class Forecast:
 def default_kl(samples: int) -> float:
     """Half of log(n / 4), the most that n samples a prompt could say anything about, and 1 nat at most."""
     return min(FAR, math.log(samples / 4) / 2)
+
+
+def check_kl(samples: int, kl: float | None) -> float:
+    """The KL to compare at, the default where none is given. Raises `UserError` where so many samples do not tell."""
+    if samples < LEAST_SAMPLES:
+        raise UserError(
+            f"{option('samples')} {samples}: a forecast goes up to a KL of log(samples / 4) at most, so it needs "
+            f"{LEAST_SAMPLES} or more; 64 are usual"
+        )
+    highest = math.log(samples / 4)
+    asked = default_kl(samples) if kl is None else kl
+    if not 0 < asked <= highest + NOTHING:
+        raise UserError(
+            f"{option('kl')} {asked:g}: from {samples} samples a prompt a forecast can be made above 0 and up to "
+            f"log({samples} / 4) = {highest:.2f}"
+        )
+    return asked
 
 
 def forecast(
@@ -175,14 +202,8 @@ def forecast(
         UserError: unknown names, too few samples, or a KL that so many cannot speak of.
     """
     prompts, n = samples.shape
-    check_sizes(prompts, n)
-    highest = math.log(n / 4)
-    asked = default_kl(n) if kl is None else kl
-    if not 0 < asked <= highest + NOTHING:
-        raise UserError(
-            f"{option('kl')} {asked:g}: from {n} samples a prompt a forecast can be made above 0 and up to "
-            f"log({n} / 4) = {highest:.2f}"
-        )
+    check_prompts(prompts)
+    asked = check_kl(n, kl)
     members = list(members) or list(config.rewards.components)
     _refuse_unknown("members", members, config.rewards.components)
     _refuse_unknown("utility", utility or {}, samples.values)

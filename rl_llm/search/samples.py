@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rl_llm.errors import UserError, option
+from rl_llm.errors import UserError
 
 LEAST_SAMPLES, LEAST_PROMPTS = 8, 8
 
@@ -45,13 +45,8 @@ class Samples:
         return Samples({name: column[kept] for name, column in self.values.items()}, self.groups[kept], self.base)
 
 
-def check_sizes(prompts: int, samples: int) -> None:
+def check_prompts(prompts: int) -> None:
     """Raise `UserError` where nothing could be told from so few."""
-    if samples < LEAST_SAMPLES:
-        raise UserError(
-            f"{option('samples')} {samples}: a forecast goes up to a KL of log(samples / 4) at most, so it needs "
-            f"{LEAST_SAMPLES} or more; 64 are usual"
-        )
     if prompts < LEAST_PROMPTS:
         raise UserError(
             f"{prompts} tune prompts: intervals over so few say nothing, {LEAST_PROMPTS} are needed and 128 are usual; "

@@ -22,7 +22,7 @@ from rl_llm.rng import Purpose, key
 from rl_llm.runtime import connected
 from rl_llm.runtime.replica import fetch
 from rl_llm.runtime.weights import Weights
-from rl_llm.search.samples import Samples, check_sizes
+from rl_llm.search.samples import Samples, check_prompts
 from rl_llm.table import REWARD, STATUS, component_columns
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import Collector, FirstIds, Rollouts
@@ -50,17 +50,16 @@ def sample_base(plan: Plan, count: int, note: Note) -> pa.Table:
         `status/<name>`. What it was made from and the base statistics are in the schema's metadata.
 
     Raises:
-        UserError: too few samples or prompts.
+        UserError: too few prompts are left.
         RewardFailed: a component failed beyond what its configuration allows.
     """
     config, task = plan.config, plan.task
-    check_sizes(min(task.splits["tune"].num_rows, config.evaluation.prompts), count)
     with connected(config.resources):
         base = ensure_base(config, task, note)
         if plan.tokenizer is None:
             task.tokenize(load_tokenizer(base), policy_class(config.policy).continues)
         prompts = held_out(task.splits["tune"], config.evaluation.prompts)
-        check_sizes(prompts.num_rows, count)
+        check_prompts(prompts.num_rows)
         policy = PolicyConfig(model=base, type=config.policy.type, precision=config.policy.precision)
         acting = config.model_copy(update={"policy": policy})
         with acting_workers(acting, config.measured, plan.functions) as (workers, weights):

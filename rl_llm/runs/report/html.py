@@ -1,6 +1,7 @@
 """report.html: one file that shows a run, works offline and can be sent to somebody."""
 
 import html
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ from plotly.offline import get_plotlyjs
 
 from rl_llm.config import Ramp
 from rl_llm.files import write_text
+from rl_llm.runs.forecasts import FORECAST, ForecastText
 from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.report.charts import Chart, mixture_charts, reward_charts, training_charts
+from rl_llm.runs.report.forecast import forecast_charts
 from rl_llm.runs.report.style import CSS, DRAW
-from rl_llm.runs.results import results_of
+from rl_llm.runs.results import interval_text, results_of
 from rl_llm.runs.text import is_number, printable, prompt_text, short
 from rl_llm.values import to_json
 
@@ -39,21 +42,36 @@ def page(run: RunFiles) -> str:
         code_changes(run),
         results(run),
         chart_section("Rewards", sections["Rewards"], figures),
+        forecast(run.path, figures),
         samples(run),
         chart_section("Mixture", sections["Mixture"], figures),
         failures(run),
         chart_section("Training", sections["Training"], figures),
-        config(run),
+        config(run.path / "config.yaml"),
     ]
+    return document(run.path.resolve().name, body, {"charts": figures}, DRAW)
+
+
+def write_forecast(path: Path) -> Path:
+    """Write `forecast.html` beside the forecast.json in a directory and return the file's path."""
+    figures: list[dict[str, Any]] = []
+    name = path.resolve().name
+    body = [f"<h1>{text(name)}</h1>", forecast(path, figures)]
+    where = path / "forecast.html"
+    write_text(where, document(name, body, {"charts": figures}, DRAW))
+    return where
+
+
+def document(name: str, body: list[str], data: dict[str, Any], script: str) -> str:
+    """A page of sections with a title; `script` finds each of the `data` as JSON in the element of its id."""
     # "<" inside the data could end the script element early.
-    data = to_json(figures).replace("<", "\\u003c")
-    name = text(run.path.resolve().name)
+    encoded = {key: to_json(values).replace("<", "\\u003c") for key, values in data.items()}
+    elements = (f'<script type="application/json" id="{key}">{values}</script>' for key, values in encoded.items())
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{CSS}</style></head><body><main>{''.join(body)}</main>"
-        f'<script type="application/json" id="charts">{data}</script>'
-        f"<script>{get_plotlyjs()}</script><script>{DRAW}</script></body></html>"
+        f"{''.join(elements)}<script>{get_plotlyjs()}</script><script>{script}</script></body></html>"
     )
 
 
@@ -75,11 +93,20 @@ def header(run: RunFiles) -> str:
         "bad data rows": summary.get("bad_rows"),
         "worker restarts": sum(summary.get("restarts", {}).values()) or None,
     }
-    shown = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts.items() if v is not None)
-    reason = f'<p class="reason">{text(summary["reason"])}</p>' if summary.get("reason") else ""
-    badge = f'<span class="status {text(run.status)}">{text(run.status.replace("_", " "))}</span>'
     empty = "" if len(run.metrics) else '<p class="note">No step has finished.</p>'
-    return f"<h1>{text(run.path.resolve().name)} {badge}</h1>{reason}<dl>{shown}</dl>{empty}"
+    return heading(run.path, run.status, summary.get("reason")) + fact_list(facts) + empty
+
+
+def heading(path: Path, status: str, reason: str | None) -> str:
+    why = f'<p class="reason">{text(reason)}</p>' if reason else ""
+    badge = f'<span class="status {text(status)}">{text(status.replace("_", " "))}</span>'
+    return f"<h1>{text(path.resolve().name)} {badge}</h1>{why}"
+
+
+def fact_list(facts: dict[str, Any]) -> str:
+    """Names and values; those that are None are left out."""
+    shown = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts.items() if v is not None)
+    return f"<dl>{shown}</dl>"
 
 
 def code_changes(run: RunFiles) -> str:
@@ -138,6 +165,26 @@ def chart_section(title: str, charts: list[Chart], figures: list[dict[str, Any]]
             f'<div class="plot" id="{name}"></div></figure>'
         )
     return f'<h2>{text(title)}</h2><div class="charts">{"".join(cells)}</div>'
+
+
+def forecast(path: Path, figures: list[dict[str, Any]]) -> str:
+    """What was forecast for the directory's mixture, before any training; nothing where nobody has asked."""
+    try:
+        data = json.loads((path / FORECAST).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return ""
+    told = ForecastText(data)
+    said = "".join(f"<li>{text(sentence)}</li>" for sentence in told.sentences())
+    head = "".join(f"<th>{text(title)}</th>" for title in ("weighting", *told.metrics, "note"))
+    body = ""
+    for name, metrics, note in told.rows():
+        values = "".join(
+            f'<td class="value">{interval(interval_text(metrics.get(metric)))}</td>' for metric in told.metrics
+        )
+        body += f"<tr><td>{text(name)}</td>{values}<td>{text(note)}</td></tr>"
+    table = f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
+    charts = chart_section("Forecast front", forecast_charts(data), figures)
+    return f'<h2>Forecast</h2><ul class="note">{said}</ul>{table}{charts}'
 
 
 def samples(run: RunFiles) -> str:
@@ -204,10 +251,10 @@ def failures(run: RunFiles) -> str:
     )
 
 
-def config(run: RunFiles) -> str:
-    """The config file as it lies in the run directory, versions included."""
-    content = (run.path / "config.yaml").read_text(encoding="utf-8")
-    shown = f'<details class="card"><summary>config.yaml</summary><pre>{text(content)}</pre></details>'
+def config(file: Path) -> str:
+    """The config file as it lies in the directory, versions included."""
+    content = file.read_text(encoding="utf-8")
+    shown = f'<details class="card"><summary>{text(file.name)}</summary><pre>{text(content)}</pre></details>'
     return f"<h2>Configuration</h2>{shown}"
 
 

@@ -9,7 +9,7 @@ main { max-width: 1280px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 36px 0 10px; }
 p.note, figcaption span, caption { color: var(--soft); font-size: 13px; }
-p.note { margin: 0 0 10px; }
+p.note { margin: 0 0 10px; } ul.note { margin: 0 0 14px; padding-left: 20px; }
 .status { display: inline-block; border-radius: 999px; padding: 2px 12px; color: #fff; background: var(--soft);
   font-size: 14px; vertical-align: 4px; margin-left: 8px; }
 .status.finished { background: #2a7d46; } .status.stopped_early { background: #2b6f8f; }
