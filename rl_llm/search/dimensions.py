@@ -14,7 +14,7 @@ _FACTORS = (0.8, 1.2)
 _ANEW = 0.25  # of perturbations; both as in population-based training (arXiv 1711.09846)
 _SMALLEST = 1e-12  # uniform that a logarithm is taken of
 _ROUNDING = 1e-9
-_DRAWS, _TRIES = 1024, 2000
+_DRAWS, _TRIES = 64, 20_000
 
 
 @dataclass(frozen=True)
@@ -254,14 +254,11 @@ class Simplex:
         uniforms = np.exp(-len(low) * shares)
         return {f"{path}.{name}": float(u) for name, u in zip(self.free, uniforms, strict=True)}
 
-    def equal(self, without: str | None = None) -> dict[str, float] | None:
-        """Free weights as equal as the bounds let them be, that of `without` at its lowest; None where it cannot be."""
+    def equal(self, without: str | None = None) -> dict[str, float]:
+        """Free weights as equal as the bounds let them be, that of `without` at its lowest."""
         low, high, mass = self._box()
-        if without is not None:
-            high = np.array([lo if name == without else hi for name, lo, hi in zip(self.free, low, high, strict=True)])
-            if high.sum() < mass:
-                return None
-        return self._whole(project(np.zeros(len(low)), low, high, mass))
+        top = np.where([name == without for name in self.free], low, high)
+        return self._whole(project(np.zeros(len(low)), low, top, mass))
 
     def alone(self, name: str) -> dict[str, float]:
         """All weight on one member, whatever the bounds."""

@@ -162,8 +162,7 @@ class Space:
         """By free member: it is left out, or at its lowest, and the others are equal."""
         if self.simplex is None:
             return {}
-        found = {name: self.simplex.equal(without=name) for name in self.simplex.free}
-        return {name: {WEIGHTS: weights} for name, weights in found.items() if weights is not None}
+        return {name: {WEIGHTS: self.simplex.equal(without=name)} for name in self.simplex.free}
 
     def singles(self) -> dict[str, Point]:
         """By member: all weight is on it, whatever the bounds."""
@@ -345,8 +344,8 @@ def _simplex(path: str, given: Any, base: RunConfig) -> Simplex:
         raise UserError(f"{where}: {what}, and weights of a simplex add up to 1; change the bounds")
     for name, (low, high) in bounds.items():
         if low < high:  # what the others leave
-            left = max(low, 1 - (highs - high)), min(high, 1 - (lows - low))
-            bounds[name] = left if left[1] - left[0] > 1e-9 else (left[0], left[0])
+            low, high = round(max(low, 1 - (highs - high)), 12), round(min(high, 1 - (lows - low)), 12)
+            bounds[name] = (low, high)
     if sum(low < high for low, high in bounds.values()) < 2:
         raise UserError(f"{where}: one weighting is all it holds; at least two components have to vary")
     return Simplex(bounds)
