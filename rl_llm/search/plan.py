@@ -106,6 +106,8 @@ def make_course(search: SearchConfig, space: Space, forecast: Sequence[Point], l
         in_tokens=search.tokens is not None,
         overoptimized=search.overoptimized,
     )
+    for source, point in [*plan.firsts, *((entry.name, entry.point) for entry in plan.controls)]:
+        space.check(point, source)
     scheduler = make_scheduler(search, space, run.trainer.steps)
     ranked = utility_of(search, run) is not None
     return Course(plan, make_searcher(search, space), scheduler, ranked, ledger)

@@ -19,7 +19,7 @@ from rl_llm.values import to_json
 Point = dict[str, Any]
 """A value by dotted path of a run's setting; of a simplex the weights of its members, by name."""
 
-WEIGHTS, COMPONENTS = "rewards.weights", "rewards.components"
+WEIGHTS, COMPONENTS, CONTROLLER = "rewards.weights", "rewards.components", "rewards.controller"
 KINDS = ("simplex", "uniform", "loguniform", "int", "choice", "grid")
 COMBINATIONS = 256
 """Corners of a space that are tried in all their combinations; of more, each is tried by itself."""
@@ -46,7 +46,7 @@ SHARED = {
 # What of a component changes its advantage and not what is measured.
 _OF_THE_MIXTURE = ("clip", "scale", "gate")
 # What a trainer takes anew when it restores a checkpoint.
-LIVE = (WEIGHTS, "learner.lr", "algorithm.kl.coef", "rewards.controller")
+LIVE = (WEIGHTS, "learner.lr", "algorithm.kl.coef", CONTROLLER)
 
 
 class Space:
@@ -75,7 +75,7 @@ class Space:
             _check_path(path, list(spec), self.base, measured)
         self.dimensions = {path: _dimension(path, kind, self.base) for path, kind in spec.items()}
         for point in self.corners():
-            self._check(point)
+            self.check(point)
         self.draw(stream(0, Purpose.POINT))  # that there is enough to draw from
 
     # Points.
@@ -165,9 +165,11 @@ class Space:
         return {name: {WEIGHTS: self.simplex.equal(without=name)} for name in self.simplex.free}
 
     def singles(self) -> dict[str, Point]:
-        """By member: all weight is on it, whatever the bounds."""
-        simplex = self.simplex
-        return {} if simplex is None else {name: {WEIGHTS: simplex.alone(name)} for name in simplex.members}
+        """By member: all weight is on it, whatever the bounds, and no controller moves it."""
+        if self.simplex is None:
+            return {}
+        still = {CONTROLLER: None} if self.settings["rewards"].get("controller") else {}
+        return {name: {WEIGHTS: self.simplex.alone(name), **still} for name in self.simplex.members}
 
     # Independent parameters, for optimisers of hyperparameters.
 
@@ -205,17 +207,17 @@ class Space:
                     "for scheduler: pbt take values above 0"
                 )
 
-    def _check(self, point: Point) -> None:
+    def check(self, point: Point, what: str = "space") -> None:
         """Raise `UserError` where the config refuses a point, naming what of it alone is refused."""
         try:
-            self._config(point)
+            self._build(point, what)
         except UserError:
             for path, value in point.items():
-                self._config({path: value})
+                self._build({path: value}, what)
             raise
 
-    def _config(self, point: Point) -> RunConfig:
-        where = "space: " + ", ".join(f"{path}={to_json(value)}" for path, value in point.items())
+    def _build(self, point: Point, what: str) -> None:
+        where = f"{what}: " + ", ".join(f"{path}={to_json(value)}" for path, value in point.items())
         config = build_config(put(self.settings, point, where), where=where)
         weights = [value_at(weight, step) for weight in config.rewards.weights.values() for step in (0, 10**9)]
         if not any(weights):
@@ -227,7 +229,6 @@ class Space:
                     Component(name, component)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return config
 
     def _own(self, path: str) -> Any:
         """The run's own value of a path."""
