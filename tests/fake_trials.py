@@ -12,6 +12,7 @@ from rl_llm.search.course import Course, Entry, Report
 from rl_llm.search.ledger import Ledger
 from rl_llm.search.plan import make_course, make_space
 from rl_llm.search.schedulers import rungs
+from rl_llm.search.space import Space
 from rl_llm.values import to_json
 
 PROMPTS = 16
@@ -32,10 +33,10 @@ def make_search(**settings: Any) -> SearchConfig:
     return build_search({**base, **settings})
 
 
-def course_of(search: SearchConfig, lines: Sequence[Mapping[str, Any]] = ()) -> Course:
+def course_of(search: SearchConfig, lines: Sequence[Mapping[str, Any]] = (), space: Space | None = None) -> Course:
     ledger = Ledger()
     ledger.lines = [dict(line) for line in lines]
-    return make_course(search, make_space(search), [], ledger)
+    return make_course(search, space or make_space(search), [], ledger)
 
 
 def quality(point: Mapping[str, Any]) -> float:
@@ -73,10 +74,14 @@ def drive(
     course: Course,
     pick: Callable[[list[Entry]], Entry] = lambda going: going[0],
     changes: Mapping[str, Change] | None = None,
-    limit: int = 10_000,
+    reports: int = 1000,
 ) -> Course:
-    """Run what is going, a report at a time, until the course is over; `changes` are made to reports by trial."""
-    for _ in range(limit):
+    """Run what is going, a report at a time, until the course is over or there are as many as asked for.
+
+    Args:
+        changes: made to reports, by trial.
+    """
+    for _ in range(reports):
         going = course.going
         if not going:
             assert course.over
@@ -85,7 +90,8 @@ def drive(
         report = next_report(search, entry)
         change = (changes or {}).get(entry.name)
         course.report(entry.name, report if change is None else change(report))
-    raise AssertionError("the course comes to no end")
+    assert reports < 1000, "the course comes to no end"
+    return course
 
 
 def in_order_of(generator: np.random.Generator) -> Callable[[list[Entry]], Entry]:

@@ -30,18 +30,24 @@ SEARCHES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_cut_after_any_line_ends_as_the_unbroken_one(name: str) -> None:
     search = make_search(**SEARCHES[name])
-    whole = drive(search, course_of(search)).ledger.lines
+    space = make_space(search)
+    whole = drive(search, course_of(search, space=space)).ledger.lines
     for cut in range(len(whole)):
-        again = drive(search, course_of(search, whole[:cut]))
-        assert again.ledger.lines == whole
+        # After each line the next ones are the same; that the end is, follows, and is seen of some.
+        again = drive(search, course_of(search, whole[:cut], space), reports=1000 if cut % 20 == 5 else 1)
+        assert again.ledger.lines == whole[: len(again.ledger.lines)]
+        assert len(again.ledger.lines) > cut
+        assert again.over == (again.ledger.lines == whole)
 
 
 @pytest.mark.parametrize("name", ["halving", "brackets of optuna", "population"])
 def test_the_order_of_reports_changes_no_decision(name: str) -> None:
     search = make_search(**SEARCHES[name])
-    expected = decisions(drive(search, course_of(search)))
+    space = make_space(search)
+    expected = decisions(drive(search, course_of(search, space=space)))
     for order in range(8):
-        assert decisions(drive(search, course_of(search), in_order_of(np.random.default_rng(order)))) == expected
+        course = drive(search, course_of(search, space=space), in_order_of(np.random.default_rng(order)))
+        assert decisions(course) == expected
 
 
 def test_a_course_goes_on_from_its_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rl_llm.errors import UserError
 from rl_llm.search.config import run_of
 from rl_llm.search.course import Entry
 from rl_llm.search.ledger import Ledger
-from rl_llm.search.plan import first_points, make_course, make_space, soups
+from rl_llm.search.plan import evaluation_every, first_points, make_course, make_space, soups
 
 W = "rewards.weights"
 LR = {"learner.lr": {"loguniform": [1e-5, 1e-3]}}
@@ -35,6 +35,20 @@ def test_the_first_points_hold_the_users_equal_weights_the_forecasts_and_each_fa
     assert len(first_points(make_search(trials=2), make_space(search), guessed)) == 2
     sources = [entry.source for entry in make_course(search, make_space(search), guessed, Ledger()).of("trial")]
     assert sources == [source for source, _ in points] + ["random"] * 6
+
+
+def test_a_forecasts_point_is_put_into_the_space() -> None:
+    search = make_search(space={W: {"simplex": {"chrf": [0, 0.6], "length": [0, 1]}}})
+    guessed = [{W: {"chrf": 2.0, "length": 0.0, "vocab": 1.0}}, {W: {"chrf": 0.0, "length": 0.0, "vocab": 1.0}}]
+    points = first_points(search, make_space(search), guessed)
+    assert points[1] == ("forecast", {W: pytest.approx({"chrf": 0.6, "length": 0.4})})
+    assert [source for source, _ in points].count("forecast") == 1
+
+
+def test_evaluations_fall_on_the_levels() -> None:
+    for settings, every in (({}, 1), ({"run": {"trainer": {"steps": 60}}}, 7), ({"tokens": 100}, 20)):
+        search = make_search(**settings)
+        assert evaluation_every(search, run_of(search)) == every
 
 
 def test_without_a_simplex_there_are_no_points_to_begin_with() -> None:

@@ -118,6 +118,11 @@ def test_known_points_of_the_simplex() -> None:
         "length": {W: pytest.approx({"chrf": 0.7, "length": 0.0, "vocab": 0.3})},
     }
     assert of.singles()["vocab"] == {W: {"chrf": 0.0, "length": 0.0, "vocab": 1.0}}
+    ruled = {**RUN["rewards"], "controller": {"kind": "variation"}}
+    assert space(BOUNDED, rewards=ruled).singles()["chrf"] == {
+        W: {"chrf": 1.0, "length": 0.0, "vocab": 0.0},
+        "rewards.controller": None,
+    }
     assert space(LR).equal() == {}
     assert space(LR).faces() == {}
     assert space(LR).singles() == {}
@@ -231,6 +236,8 @@ def test_a_grid_is_every_combination_in_order() -> None:
 def test_only_what_a_live_run_takes_can_change_in_one() -> None:
     space({**BOUNDED, **LR, "algorithm.kl.coef": {"loguniform": [0.001, 0.1]}}).check_live()
     space({f"{W}.chrf": {"uniform": [0.1, 1]}}).check_live()
+    held = {**RUN["rewards"], "controller": {"kind": "constraint", "constraints": {"chrf": {"at_least": 0.3}}}}
+    space({"rewards.controller.constraints.chrf.at_least": {"uniform": [0.2, 0.5]}}, rewards=held).check_live()
     with pytest.raises(UserError, match=r"space\.learner\.epochs: .* this one stays"):
         space({"learner.epochs": {"int": [1, 2]}}).check_live()
     with pytest.raises(UserError, match="keeps no reference policy"):
@@ -280,7 +287,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "simplex.chrf: the bounds are the wrong way round; write [0, 1]",
     ),
     ({W: {"simplex": {"chrf": [0, 2], "length": [0, 1]}}}, "weights of a simplex are from 0 to 1, not [0, 2]"),
-    ({W: {"simplex": {"chrf": "much", "length": [0, 1]}}}, 'simplex.chrf: write two numbers, [low, high], not "much"'),
+    ({W: {"simplex": {"chrf": "much", "length": [0, 1]}}}, "simplex.chrf: write two numbers, [low, high], not much"),
     ({W: {"uniform": [0, 1]}}, "weights of several components are a simplex or a choice"),
     ({W: {"choice": [0.5]}}, "write weights by component"),
     # Ranges.
@@ -291,6 +298,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learner.lr": {"uniform": [1e-3, 1e-3]}}, "low and high are both 0.001, and nothing varies"),
     ({"learner.lr": {"loguniform": [0, 1e-3]}}, "both bounds have to be above 0"),
     ({"learner.lr": {"uniform": [1e-3]}}, "write two numbers, [low, high], not [0.001]"),
+    ({"learner.lr": {"uniform": [0.1, float("inf")]}}, "write two numbers, [low, high], not [0.1, inf]"),
+    ({"learner.lr": {"uniform": [True, 2]}}, "write two numbers, [low, high], not [True, 2]"),
     ({"learner.lr": {"uniform": ["a", "b"]}}, "write two numbers"),
     ({"learner.epochs": {"int": [0.5, 2]}}, "bounds are whole numbers, not [0.5, 2]"),
     ({"learner.lr": {"lognormal": [0, 1]}}, "there is no 'lognormal'; did you mean 'loguniform'?"),

@@ -84,7 +84,7 @@ class Number:
         return moved
 
     def nearest(self, value: Any) -> Any:
-        return self._within(value) if isinstance(value, int | float) else None
+        return self._within(value) if is_number(value) else None
 
     def read(self, value: Any, where: str) -> Any:
         number = _number(value, where)
@@ -211,7 +211,7 @@ class Simplex:
         """Of weights at any scale."""
         low, high, mass = self._box()
         weights = [value.get(name) if isinstance(value, dict) else None for name in self.free]
-        numbers = np.array([w for w in weights if isinstance(w, int | float)])
+        numbers = np.array([weight for weight in weights if is_number(weight)])
         if len(numbers) < len(weights) or numbers.sum() <= 0:
             return None
         return self._whole(project(numbers * (mass / numbers.sum()), low, high, mass))
@@ -291,7 +291,12 @@ def project(weights: np.ndarray, low: np.ndarray, high: np.ndarray, mass: float)
     return np.clip(weights + shift, low, high)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    if not is_number(value):
         raise UserError(f"{where}: a number is needed, not {value!r}")
     return float(value)

@@ -8,7 +8,7 @@ from rl_llm.errors import UserError, did_you_mean
 from rl_llm.search.config import SearchConfig, run_settings
 from rl_llm.search.course import Course, Entry, Plan
 from rl_llm.search.ledger import Ledger
-from rl_llm.search.schedulers import make_scheduler
+from rl_llm.search.schedulers import make_scheduler, rungs
 from rl_llm.search.searchers import STARTUP, UTILITY, make_searcher
 from rl_llm.search.space import Point, Space
 
@@ -60,6 +60,17 @@ def check_search(search: SearchConfig, space: Space) -> None:
         raise UserError("trials: 1: scheduler: pbt needs others to learn from; take 4 or more")
 
 
+def evaluation_every(search: SearchConfig, run: RunConfig) -> int:
+    """Steps between the evaluations of every trial, of whatever role: its levels are among them.
+
+    A budget in tokens has its levels at the first evaluations at or past them, which come as the run's config says.
+
+    Raises:
+        UserError: too few steps.
+    """
+    return run.evaluation.every if search.tokens else rungs(search.scheduler, run.trainer.steps)[0]
+
+
 def first_points(search: SearchConfig, space: Space, forecast: Sequence[Point]) -> list[tuple[str, Point]]:
     """(source, point) pairs that are tried before the searcher's own, each once, at most as many as there are trials.
 
@@ -72,7 +83,8 @@ def first_points(search: SearchConfig, space: Space, forecast: Sequence[Point]) 
         return []
     given = [("first", space.read(point, f"first[{i}]")) for i, point in enumerate(search.first)]
     equal = [("equal", space.equal())] if space.simplex else []
-    guessed = [("forecast", point) for point in forecast]
+    near = [{path: space.dimensions[path].nearest(value) for path, value in point.items()} for point in forecast]
+    guessed = [("forecast", point) for point in near if None not in point.values()]
     faces = [(f"without {name}", point) for name, point in space.faces().items()]
     kept: list[tuple[str, Point]] = []
     for source, point in [*given, *equal, *guessed, *faces]:

@@ -1,6 +1,7 @@
 """Who proposes the next point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,9 +115,10 @@ class Optuna:
     def ask(self, number: int, given: Point | None) -> Point | None:
         if given is not None:
             return given
-        study = self._study(number)
-        names = {name: _distribution(axis) for name, axis in self.space.axes().items()}
-        return self.space.at(study.ask(names).params)
+        with _quiet():
+            study = self._study(number)
+            names = {name: _distribution(axis) for name, axis in self.space.axes().items()}
+            return self.space.at(study.ask(names).params)
 
     def asked(self, number: int, point: Point) -> None:
         self._points[number] = point
@@ -127,7 +129,6 @@ class Optuna:
     def _study(self, number: int) -> Any:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         seed = int(stream(self.seed, Purpose.POINT, number).integers(2**32))
         sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, multivariate=True, constant_liar=True, seed=seed)
         directions = ["maximize" if direction == "max" else "minimize" for direction in self.objectives.values()]
@@ -162,6 +163,19 @@ class Optuna:
                 state, told = TrialState.COMPLETE, {"values": values}
         distributions = {name: _distribution(axis) for name, axis in self.space.axes().items()}
         return create_trial(state=state, params=params, distributions=distributions, **told)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, optuna reports nothing of its own: each study is one of many."""
+    from optuna import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _distribution(axis: Axis) -> Any:

@@ -13,7 +13,7 @@ from rl_llm.errors import UserError, did_you_mean
 from rl_llm.launch.preflight import FUNCTION, check_algorithm
 from rl_llm.rewards import Component
 from rl_llm.rng import Purpose, stream
-from rl_llm.search.dimensions import Axis, Choice, Dimension, Number, Simplex
+from rl_llm.search.dimensions import Axis, Choice, Dimension, Number, Simplex, is_number
 from rl_llm.values import to_json
 
 Point = dict[str, Any]
@@ -24,7 +24,7 @@ KINDS = ("simplex", "uniform", "loguniform", "int", "choice", "grid")
 COMBINATIONS = 256
 """Corners of a space that are tried in all their combinations; of more, each is tried by itself."""
 
-# Settings that all trials share, and why; the longer path first.
+# Settings that all trials share, and why.
 _YARDSTICK = "trials would be measured by different yardsticks"
 _ONE_BASE = "all trials begin from one base policy"
 SHARED = {
@@ -168,7 +168,7 @@ class Space:
         """By member: all weight is on it, whatever the bounds, and no controller moves it."""
         if self.simplex is None:
             return {}
-        still = {CONTROLLER: None} if self.settings["rewards"].get("controller") else {}
+        still = {CONTROLLER: None} if self.base.rewards.controller else {}
         return {name: {WEIGHTS: self.simplex.alone(name), **still} for name in self.simplex.members}
 
     # Independent parameters, for optimisers of hyperparameters.
@@ -312,10 +312,9 @@ def _dimension(path: str, spec: Any, base: RunConfig) -> Dimension:
 
 
 def _bounds(given: Any, where: str) -> tuple[float, float]:
-    numbers = given if isinstance(given, list) else []
-    if len(numbers) != 2 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-        raise UserError(f"{where}: write two numbers, [low, high], not {to_json(given)}")
-    low, high = map(float, numbers)
+    if not isinstance(given, list) or len(given) != 2 or not all(map(is_number, given)):
+        raise UserError(f"{where}: write two numbers, [low, high], not {given}")
+    low, high = map(float, given)
     if low > high:
         raise UserError(f"{where}: the bounds are the wrong way round; write [{high:g}, {low:g}]")
     if low == high:
@@ -335,8 +334,7 @@ def _simplex(path: str, given: Any, base: RunConfig) -> Simplex:
             raise UserError(f"{where}: no component {name!r}; {did_you_mean(str(name), base.rewards.components)}")
     bounds = {}
     for name, bound in members.items():
-        fixed = isinstance(bound, int | float) and not isinstance(bound, bool)
-        bounds[name] = (float(bound), float(bound)) if fixed else _bounds(bound, f"{where}.{name}")
+        bounds[name] = (float(bound), float(bound)) if is_number(bound) else _bounds(bound, f"{where}.{name}")
         if not 0 <= bounds[name][0] <= bounds[name][1] <= 1:
             raise UserError(f"{where}.{name}: weights of a simplex are from 0 to 1, not {to_json(bound)}")
     lows, highs = (sum(bound[end] for bound in bounds.values()) for end in (0, 1))
