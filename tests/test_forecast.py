@@ -126,6 +126,14 @@ def test_the_scale_of_all_weights_changes_nothing(combine: str) -> None:
         assert first.metrics[metric]["mean"] == pytest.approx(other.metrics[metric]["mean"], abs=1e-6)
 
 
+def test_weights_that_differ_in_scale_alone_do_not_dominate_each_other() -> None:
+    for weight in (1e-3, 1e3):
+        scored, settings = conflict(weights=dict.fromkeys("abc", weight))
+        found = forecast(scored, settings)
+        verdict = {point.name: point.verdict for point in found.points}
+        assert verdict["equal"] == verdict["configured"] == FRONT
+
+
 def test_the_exponents_are_the_mixtures_own() -> None:
     a = noise(8)
     gated = {"gate": {"component": "a", "above": 99.0, "else": 0.0}}

@@ -11,6 +11,7 @@ from rl_llm.search.compare import RESAMPLES
 
 NOTHING = 1e-9  # spreads and differences below this are rounding
 FRONT, UNDECIDED, DOMINATED, OUT_OF_REACH = "front", "cannot be told apart", "dominated", "short of the KL"
+_ALIKE = 1e-4  # of the range of all weightings
 _AT_ONCE = 512  # rows whose resampled means are held together
 
 Interval = dict[str, float | None]
@@ -100,7 +101,8 @@ def _rivals(values: np.ndarray, compared: np.ndarray) -> np.ndarray:
         squares = np.diag(products)
         error = np.sqrt(np.maximum(squares[:, None] + squares - 2 * products, 0.0)) / max(there.sum(), 1)
         lead = mean[:, None] - mean
-        lead[np.abs(lead) <= NOTHING] = 0.0
+        # What the scale of the weights leaves, by the small numbers that divisions are kept from 0 with, is no lead.
+        lead[np.abs(lead) <= _ALIKE * np.ptp(mean) + NOTHING] = 0.0
         least = np.minimum(least, lead / (error + NOTHING))
     least[~compared] = -np.inf
     return np.where(least.max(axis=0) > 0, least.argmax(axis=0), -1)
