@@ -40,7 +40,7 @@ def test_a_run_that_is_given_its_beginning_is_the_run_that_measures_it(
     tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beginning = Beginning.of(tiny_run.undisturbed)
-    config = tiny_run.config(trainer={"steps": 2}, learner={"lr": 2e-2})
+    config = tiny_run.config(trainer={"steps": 2}, learner={"lr": 2e-2}, evaluation={"utility": {"length": -1}})
     paths = [tmp_path / "given", tmp_path / "measured"]
     asked: list[str] = []
     for path, given in zip(paths, (beginning, None), strict=True):
@@ -68,8 +68,8 @@ def test_a_run_that_is_given_its_beginning_is_the_run_that_measures_it(
 @pytest.mark.parametrize(
     ("sections", "serves"),
     [
-        ({"rewards": {"weights": {"match": 3}}}, False),
-        ({"rewards": {"weights": {"match": 3}}, "evaluation": {"utility": {"match": 1, "length": 1}}}, True),
+        ({"rewards": {"weights": {"match": 3}}}, True),
+        ({"rewards": {"components": {"match": {"use": "exact"}}}}, False),
         ({"learner": {"lr": 1.0}, "trainer": {"seed": 4}, "evaluation": {"patience": 2}}, True),
         ({"rollout": {"max_new_tokens": 4}}, False),
         ({"evaluation": {"temperature": 0.5}, "trainer": {"seed": 4}}, False),

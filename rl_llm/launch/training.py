@@ -1,27 +1,19 @@
 """A whole run: checks, warm start, training, the best policy, controls, summary and report."""
 
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rl_llm.config import IMPORTS, PROBE, VERSIONS, RunConfig
+from rl_llm.config import RunConfig
 from rl_llm.errors import Interrupted, RunFailed
-from rl_llm.files import room_for, write_text
-from rl_llm.imports import places
+from rl_llm.files import room_for
 from rl_llm.launch.alone import one_at_a_time
 from rl_llm.launch.controls import constant_reward
-from rl_llm.launch.origin import model_digests
-from rl_llm.launch.preflight import Plan, describe, load_tokenizer, make_plan
-from rl_llm.launch.resume import complete, open_directory, refuse_foreign, refuse_other_base
+from rl_llm.launch.preflight import Plan, describe, make_plan
+from rl_llm.launch.record import begin_record, end_record, ended_by_itself, measure_best, prepare_base, write_report
+from rl_llm.launch.resume import complete, open_directory, refuse_foreign
 from rl_llm.launch.signals import stop_between_steps, terminable
-from rl_llm.launch.warm_start import ensure_base, needs_base
-from rl_llm.policies import policy_class
 from rl_llm.process import absolute, own_modes
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.console import Console, make_console
@@ -31,11 +23,8 @@ from rl_llm.runs.run import Run
 from rl_llm.runs.trackers import sinks
 from rl_llm.runs.writer import RunWriter, write_summary
 from rl_llm.runtime import connected
-from rl_llm.tasks import Task, describe_bad_rows
+from rl_llm.tasks import Task
 from rl_llm.trainer.trainer import Trainer
-from rl_llm.values import to_json
-
-LIBRARIES = ("rl-llm", "torch", "transformers", "ray", "sacrebleu", "pyarrow", "numpy")
 
 
 @one_at_a_time
@@ -86,13 +75,7 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
     config = plan.config
     for line in describe(plan):
         followers.message(line)
-    base = ensure_base(config, plan.task, followers.message)
-    if needs_base(config) and (config.policy.trainable != "all" or config.algorithm.kl.coef):
-        plan.origin.base = model_digests(base)
-        if checkpoint is not None:
-            refuse_other_base(path, base, checkpoint, plan.origin)
-    if config.policy.model is None:
-        plan.task.tokenize(load_tokenizer(base), policy_class(config.policy).continues)
+    base = prepare_base(plan, path, checkpoint, followers.message)
     summary: dict[str, Any] = {"status": "failed", "reason": "", "controls": {}}
     opened = Trainer.open(
         config,
@@ -105,25 +88,11 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         origin=plan.origin,
     )
     with opened as trainer:
-        _write_config(plan, path)
-        # One of an earlier start would say of a run under way that it had ended.
-        (path / "summary.json").unlink(missing_ok=True)
-        _note_bad_rows(plan.task, path, followers)
+        begin_record(plan, path, followers.message)
         try:
             _train(trainer, summary)
         finally:
-            summary |= {
-                "steps": trainer.steps_done,
-                "best_step": trainer.state.progress.best_step,
-                "before": trainer.state.before,
-                "bad_rows": len(plan.task.bad_rows),
-                "restarts": trainer.workers.restarts(),
-                "seconds": trainer.seconds,
-            }
-            # The directory is left complete, however the run ended and whoever else fails.
-            write_summary(path, summary)
-            problem = trainer.callbacks.end(trainer, summary)
-            _report(path, followers)
+            problem = end_record(trainer, summary, followers.message)
             if problem is not None and sys.exception() is None:
                 raise problem
     if "constant_reward" in config.evaluation.controls:
@@ -139,16 +108,8 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         measured = control.summary["after"]
         summary["controls"]["constant_reward"] = {name: measured[name] for name in summary["after"]}
         write_summary(path, summary)
-        _report(path, followers)
+        write_report(path, followers.message)
     return Run(path)
-
-
-def _report(path: Path, followers: Callbacks) -> None:
-    """A run is what it is without its report too."""
-    try:
-        Run(path).report()
-    except Exception as error:
-        followers.message(f"no report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")
 
 
 def _train(trainer: Trainer, summary: dict[str, Any]) -> None:
@@ -160,15 +121,11 @@ def _train(trainer: Trainer, summary: dict[str, Any]) -> None:
                     pass
             if trainer.stopping:
                 raise Interrupted("stopped and saved")
-            trainer.export_best()
-            summary["after"] = trainer.test("after").line["metrics"]
+            summary["after"] = measure_best(trainer)
             if "supervised" in trainer.config.evaluation.controls:
                 trainer.callbacks.message("control: continued supervised warm start on the same number of tokens")
                 summary["controls"]["supervised"] = trainer.continue_warm_start()
-        summary["status"] = "finished"
-        if trainer.steps_done < trainer.config.trainer.steps:
-            summary["status"] = "stopped_early"
-            summary["reason"] = f"no better utility in {trainer.config.evaluation.patience} validations"
+        summary |= ended_by_itself(trainer)
     except Interrupted:
         summary["status"], summary["reason"] = "interrupted", "asked to stop"
         trainer.export_best()
@@ -182,17 +139,3 @@ def _train(trainer: Trainer, summary: dict[str, Any]) -> None:
     except BaseException as error:
         summary["reason"] = f"{type(error).__name__}: {error}"
         raise
-
-
-def _note_bad_rows(task: Task, path: Path, followers: Callbacks) -> None:
-    rows = [asdict(bad) for bad in task.bad_rows]
-    write_text(path / "bad_rows.jsonl", "".join(to_json(row) + "\n" for row in rows))
-    if rows:
-        followers.message(f"bad rows   {describe_bad_rows(task.bad_rows)}; all in {path / 'bad_rows.jsonl'}")
-
-
-def _write_config(plan: Plan, path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    notes = {VERSIONS: versions, IMPORTS: places(), PROBE: asdict(plan.probe) if plan.probe else None}
-    write_text(path / "config.yaml", plan.config.to_yaml() + yaml.safe_dump(notes, sort_keys=False))

@@ -32,17 +32,22 @@ _MEMORY = re.compile(r"was ([\d.]+ ?[KMGT]?B)(?: used)? / ([\d.]+ ?[KMGT]?B)")
 _ADVICE = re.compile(r"\s*(Some common causes|Refer to the doc|To see |Check cluster logs|Tip: |Consider ).*")
 
 
+def prepare_process(folders: Sequence[str]) -> None:
+    """Make an actor's process one that modules of the user's work in; `folders`: where these lie."""
+    look_in(*folders)
+    # What arrives pickled names its modules without asking `import_function`.
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    send_tables_as_ipc()
+    only_here(signal.getsignal(signal.SIGTERM))  # Ray's own
+
+
 class _Host:
     """The process of one worker. Building the worker is a call of its own, so that what its constructor raises
     arrives as it was raised; from an actor's constructor it would arrive as a death."""
 
     def __init__(self, folders: Sequence[str]) -> None:
         """`folders`: where modules of the user's lie."""
-        look_in(*folders)
-        # What arrives pickled names its modules without asking `import_function`.
-        sys.path += [folder for folder in folders if folder not in sys.path]
-        send_tables_as_ipc()
-        only_here(signal.getsignal(signal.SIGTERM))  # Ray's own
+        prepare_process(folders)
         self._worker: Any = None
 
     def build(self, make: Callable[..., Any]) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 from rl_llm.config import RunConfig
 from rl_llm.policies import SamplingParams
 from rl_llm.runs.reader import RunFiles
-from rl_llm.trainer.evaluation import Evaluation
-from rl_llm.trainer.state import utility_weights
+from rl_llm.trainer.evaluation import Evaluation, Utility, with_utility
 
 # What of a component changes its advantage and not what is measured.
 _OF_THE_MIXTURE = {"clip", "scale", "gate"}
@@ -36,6 +35,10 @@ class Beginning:
             evaluations[label] = Evaluation(line, columns.pop("prompt_id"), columns)
         return cls(measures(run.config), evaluations)
 
+    def evaluation(self, label: str, utility: Utility) -> Evaluation:
+        """As a run with this utility would have measured it; the first one sets the utility's base statistics."""
+        return with_utility(self.evaluations[label], utility)
+
     def serves(self, config: RunConfig) -> bool:
         """Whether a run with this config, from the same policy, would measure the same, bit for bit."""
         return self.measured == measures(config)
@@ -55,7 +58,6 @@ def measures(config: RunConfig) -> dict[str, Any]:
         "task": config.task.model_dump(),
         "policy": config.policy.model_dump(),
         "components": {name: spec.model_dump(exclude=_OF_THE_MIXTURE) for name, spec in config.measured.items()},
-        "utility": utility_weights(config),
         "engine": config.rollout.engine,
         # Floats follow these.
         "rows": config.rollout.request_rows,

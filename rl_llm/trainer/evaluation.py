@@ -100,10 +100,22 @@ class Evaluation:
     prompt_ids: np.ndarray
     values: dict[str, np.ndarray]
 
-    @property
-    def raw(self) -> dict[str, np.ndarray]:
-        """Of components and metrics, without what is made of them."""
-        return {name: column for name, column in self.values.items() if name not in (UTILITY, TOKENS)}
+
+def with_utility(evaluation: Evaluation, utility: Utility) -> Evaluation:
+    """The same evaluation as a run with another utility makes it; without base statistics the utility takes its own."""
+    made = {name: column for name, column in evaluation.values.items() if name not in (UTILITY, TOKENS)}
+    if not utility.base:
+        utility.measure_base(made)
+    worth = made[UTILITY] = utility.per_prompt(made)
+    line = dict(evaluation.line, metrics={**evaluation.line["metrics"], UTILITY: interval(worth)})
+    line["samples"] = [
+        {**row, "rewards": {**row["rewards"], UTILITY: _number(worth[i])}} for i, row in enumerate(line["samples"])
+    ]
+    return Evaluation(line, evaluation.prompt_ids, {**made, TOKENS: evaluation.values[TOKENS]})
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 class Evaluator:
@@ -171,7 +183,4 @@ class Evaluator:
         [shard] = fetch(found.shards[:1])
         rows = shard.slice(0, self.config.samples).select(["prompt", "completion"]).to_pylist()
         scored = [name for name in values if name != TOKENS]
-        return [
-            {**row, "rewards": {name: None if np.isnan(values[name][i]) else float(values[name][i]) for name in scored}}
-            for i, row in enumerate(rows)
-        ]
+        return [{**row, "rewards": {name: _number(values[name][i]) for name in scored}} for i, row in enumerate(rows)]

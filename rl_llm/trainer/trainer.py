@@ -285,9 +285,7 @@ class Trainer:
         state = self.state
         if self._beginning is not None and not state.before:
             # Not counted among the tokens: they were generated elsewhere.
-            self.evaluation = self._beginning.evaluations[label]
-            if not state.utility.base:
-                state.utility.measure_base(self.evaluation.raw)
+            self.evaluation = self._beginning.evaluation(label, state.utility)
             return self.evaluation
         prompts = held_out(self.task.splits[split], count)
         self.evaluation = self.evaluator.evaluate(prompts, split, label, state.steps, self.weights, state.utility)
