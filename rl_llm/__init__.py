@@ -6,17 +6,19 @@ run = rl_llm.train("path/to/model", "data.jsonl", rewards=["chrf", my_reward], w
 run.table()
 """
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import rl_llm.search as _room
 from rl_llm.errors import RunFailed, UserError
 from rl_llm.rewards.registry import Takes, reward
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run, load_run
 
 if TYPE_CHECKING:
-    from rl_llm.api import forecast, train
+    from rl_llm.api import forecast, search, train
 
-__all__ = ["Callback", "Run", "RunFailed", "Takes", "UserError", "forecast", "load_run", "reward", "train"]
+__all__ = ["Callback", "Run", "RunFailed", "Takes", "UserError", "forecast", "load_run", "reward", "search", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,3 +28,15 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Room(ModuleType):
+    """The package of searches, which is also the call that searches: `rl_llm.search(...)`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from rl_llm import api
+
+        return api.search(*args, **kwargs)
+
+
+_room.__class__ = _Room

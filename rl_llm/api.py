@@ -1,4 +1,4 @@
-"""The Python face: one call that trains, one that forecasts."""
+"""The Python face: one call that trains, one that forecasts, one that searches."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +13,12 @@ from rl_llm.launch.training import run_training
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.directory import run_directory
 from rl_llm.runs.run import Run
+from rl_llm.search.config import SearchConfig, build_search, run_of
+from rl_llm.search.following import Follower, PlainConsole
 from rl_llm.search.forecast import Forecast
 from rl_llm.search.forecasting import SAMPLES, run_forecast, settings_of
+from rl_llm.search.launching import run_search
+from rl_llm.search.search import Search
 from rl_llm.tasks import Task, task_from_rows
 
 Reward = str | Callable[..., Any]
@@ -61,6 +65,46 @@ def train(
     config, functions, task = _configured(train, raw, model, dataset, rewards, weights, combine, settings)
     with run_directory(None if output is None else Path(output)) as path:
         return run_training(config, path, resume=resume, functions=functions, task=task, callbacks=callbacks)
+
+
+def search(
+    source: str | PathLike[str] | None = None,
+    *,
+    model: str | PathLike[str] | None = None,
+    dataset: Dataset | None = None,
+    rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: bool = False,
+    followers: Sequence[Follower] = (PlainConsole(),),
+    **settings: Any,
+) -> Search:
+    """Search which weights, or any other settings, give the best policy. Works in a script and in a notebook cell.
+
+    Args:
+        source: a YAML file such as those of tune_configs/; None where `settings` say everything.
+        model, dataset, rewards: as for `train`; they replace those of the run that trials are made from.
+        output: the search's directory; default: runs/<file>-<time>.
+        resume: go on with the search in `output`.
+        followers: who follows it.
+        settings: of a search file: `space={"rewards.weights": {"simplex": ["chrf", "length"]}}`, `recipe="quickstart"`,
+            `run={"trainer": {"steps": 90}}`, `trials=12`, `utility={"chrf": 1}`, ...
+
+    Raises:
+        UserError: something has to be changed first; nothing was started.
+        RunFailed: the search could not go on, or every trial of it has failed.
+    """
+    raw = {} if source is None else read_config(Path(source))
+    for name, value in settings.items():
+        if name not in SearchConfig.model_fields:
+            hint = did_you_mean(name, [*SearchConfig.model_fields, *inspect.signature(search).parameters])
+            raise UserError(f"search(): there is no {name!r}; {hint}")
+        raw[name] = value
+    functions, rows = _taken(_section(raw, "run"), model, dataset, rewards)
+    config = build_search(raw)
+    task = None if rows is None else task_from_rows(rows, run_of(config).task)
+    stem = "search" if source is None else Path(source).stem
+    with run_directory(None if output is None else Path(output), f"{stem}-") as path:
+        return run_search(config, path, resume=resume, functions=functions, task=task, followers=followers)
 
 
 def forecast(
@@ -113,23 +157,33 @@ def _configured(
             raise UserError(f"{caller.__name__}(): there is no {name!r}; {hint}")
         section, values = (SHORT[name][0], {SHORT[name][1]: value}) if name in SHORT else (name, value)
         _section(raw, section).update(_mapping(section, values))
+    functions, rows = _taken(raw, model, dataset, rewards)
+    if weights is not None:
+        _section(raw, "rewards")["weights"] = dict(weights)
+    if combine is not None:
+        _section(raw, "rewards")["combine"] = combine
+    config = build_config(raw, where=f"{caller.__name__}()")
+    return config, functions, None if rows is None else task_from_rows(rows, config.task)
+
+
+def _taken(
+    raw: dict[str, Any],
+    model: str | PathLike[str] | None,
+    dataset: Dataset | None,
+    rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None,
+) -> tuple[dict[str, Callable[..., Any]], Any]:
+    """Put these into the plain settings of a run; returns the functions and the rows among them, None without rows."""
     if model is not None:
         _section(raw, "policy")["model"] = str(model)
     functions: dict[str, Callable[..., Any]] = {}
     if rewards is not None:
         _section(raw, "rewards").update({"components": _components(rewards, functions), "weights": {}})
-    if weights is not None:
-        _section(raw, "rewards")["weights"] = dict(weights)
-    if combine is not None:
-        _section(raw, "rewards")["combine"] = combine
-    rows: Any = None
     if isinstance(dataset, str | PathLike):
         _section(raw, "task")["data"] = str(dataset)
     elif dataset is not None:
-        rows = dataset
         _section(raw, "task")["data"] = ROWS
-    config = build_config(raw, where=f"{caller.__name__}()")
-    return config, functions, None if rows is None else task_from_rows(rows, config.task)
+        return functions, dataset
+    return functions, None
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:

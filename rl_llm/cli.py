@@ -87,6 +87,43 @@ def train(
 
 @app.command()
 @shielded()
+def search(
+    source: Annotated[str, typer.Argument(help="a YAML file such as those of tune_configs/", metavar="FILE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings such as trials=4 or run.trainer.steps=90", metavar="[KEY=VALUE]..."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="the search's directory; default: runs/<file>-<time>")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with the search in --output")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="check everything, print what would be searched, start nothing")
+    ] = False,
+) -> None:
+    """Search which weights, or any other settings, give the best policy: trials, early stopping, finalists."""
+    from rl_llm.search.config import load_search
+
+    config = load_search(source, overrides or [])
+    if resume and output is None:
+        raise UserError("--resume needs --output, the directory of the search to go on with")
+    from rl_llm.errors import Interrupted
+    from rl_llm.runs.directory import run_directory
+    from rl_llm.search.launching import dry_search, run_search
+
+    if dry_run:
+        print("\n".join(dry_search(config, output, resume)))
+        return
+    with run_directory(output, f"{Path(source).stem}-") as path:
+        try:
+            found = run_search(config, path, resume=resume)
+        except Interrupted as stopped:
+            command = shlex.join(["rl-llm", "search", source, *(overrides or []), "--output", str(path), "--resume"])
+            print(f"{stopped} in {path}; go on with: {command}")
+            raise typer.Exit(130) from None
+    print(f"search {found.path}")
+
+
+@app.command()
+@shielded()
 def forecast(
     source: Annotated[
         str, typer.Argument(help="a packaged recipe, a YAML file or a run directory", metavar="RECIPE|FILE|RUN")

@@ -7,14 +7,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rl_llm.runtime.signals import only_here
-from rl_llm.trainer.trainer import Trainer
+
+
+class Stoppable(Protocol):
+    """What takes steps: a trainer, or a search with its trials."""
+
+    stopping: bool
 
 
 @contextmanager
-def stop_between_steps(trainer: Trainer) -> Iterator[None]:
-    """A first SIGINT, SIGTERM or SIGHUP has the trainer stop after the step under way; a second one interrupts at once.
+def stop_between_steps(trainer: Stoppable) -> Iterator[None]:
+    """A first SIGINT, SIGTERM or SIGHUP has it stop after the step under way; a second one interrupts at once.
 
     Not so SIGHUP: a terminal that closes sends several, and nobody insists.
     """

@@ -10,7 +10,7 @@ from rl_llm.files import replacing, sync
 from rl_llm.values import to_json
 
 # Evaluations that a run makes when its steps are done; a resumed run makes them again.
-MADE_AT_THE_END = ("after", "supervised")
+MADE_AT_THE_END = ("after", "supervised", "soup")
 
 
 def _line(row: dict[str, Any]) -> bytes:

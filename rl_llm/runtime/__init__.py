@@ -7,16 +7,16 @@ from rl_llm.config import ResourcesConfig
 
 
 @contextmanager
-def connected(resources: ResourcesConfig) -> Iterator[None]:
-    """Ray for as long as a config with workers needs it; what was there before stays."""
-    if not resources.uses_ray:
+def connected(resources: ResourcesConfig, slots: int = 0) -> Iterator[None]:
+    """Ray for as long as a config with workers needs it, or for so many slots; what was there before stays."""
+    if not (resources.uses_ray or slots):
         yield
         return
     import ray
 
     from rl_llm.runtime.cluster import connect, send_tables_as_ipc
 
-    started = connect(resources)
+    started = connect(resources, slots)
     send_tables_as_ipc()
     try:
         yield

@@ -28,11 +28,12 @@ SOCKET_PATH = 107
 SOCKET_NAME = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
 
-def connect(resources: ResourcesConfig) -> bool:
+def connect(resources: ResourcesConfig, slots: int = 0) -> bool:
     """Gives this process a Ray: the one it has, else the cluster at the address, else a local one.
 
-    A local Ray claims at least as many CPUs as the run's actors ask for, so that on a laptop they share the cores
-    instead of waiting for room. What actors print goes to the logs under Ray's session folder.
+    A local Ray claims at least as many CPUs as the run's actors ask for, or so many slots with one each, so that on a
+    laptop they share the cores instead of waiting for room. What actors print goes to the logs under Ray's session
+    folder.
 
     Returns:
         Whether this call made the connection; whoever called then ends it with `ray.shutdown()`.
@@ -47,7 +48,8 @@ def connect(resources: ResourcesConfig) -> bool:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        _start(resources, quiet)
+        bundles = [_bundle(resources, kind) for kind in KINDS for _ in range(_count(resources, kind))]
+        _start(sum(bundle["CPU"] for bundle in (slot_bundles(resources) * slots if slots else bundles)), quiet)
         return True
     source = "resources.address" if resources.address else "RAY_ADDRESS"
     refused = f"cannot join the Ray cluster at {address!r} ({source})"
@@ -68,8 +70,7 @@ def connect(resources: ResourcesConfig) -> bool:
     return True
 
 
-def _start(resources: ResourcesConfig, quiet: dict[str, Any]) -> None:
-    cpus = math.ceil(sum(_bundle(resources, kind)["CPU"] * _count(resources, kind) for kind in KINDS))
+def _start(cpus: float, quiet: dict[str, Any]) -> None:
     store, rest = ray_memory()
     folder = _short_folder()
     _have_a_token()
@@ -77,7 +78,7 @@ def _start(resources: ResourcesConfig, quiet: dict[str, Any]) -> None:
         with outliving_the_terminal():
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, cpus),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
                 object_store_memory=store,
                 _memory=rest,
                 _temp_dir=folder,

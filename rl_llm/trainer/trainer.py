@@ -31,7 +31,8 @@ from rl_llm.trainer.sampler import MakeSampler, Synchronous
 from rl_llm.trainer.state import Origin, TrainerState, configured, utility_weights
 from rl_llm.trainer.workers import Functions, Workers
 
-SUPERVISED_VERSION = -1
+NO_STEP = -1
+"""What made weights that acted, where no step of the run has."""
 
 
 class Trainer:
@@ -383,8 +384,21 @@ class Trainer:
             raise RunFailed(f"the best policy, {self._best(best)}, cannot be used: {problem}")
         self.learner.load_weights(self._best(best) / "weights.safetensors")
         self._publish(best)
+        self._export()
+
+    def _export(self) -> None:
         with checkpoint.writing(self.path / "model") as aside:
             self.learner.export(aside)
+
+    def measure(self, weights: Path, label: str) -> Evaluation:
+        """Evaluate other weights of this policy on the tune split, and leave them as `model/` in place of the best."""
+        self.begin()
+        self.learner.load_weights(weights)
+        self._publish(NO_STEP)
+        evaluation = self._evaluate("tune", label, self.config.evaluation.prompts)
+        self.callbacks.emit("on_evaluation", self, evaluation.line)
+        self._export()
+        return evaluation
 
     def continue_warm_start(self) -> dict[str, Any]:
         """The control: supervised training from the first policy on as many tokens as the run has trained on.
@@ -393,7 +407,7 @@ class Trainer:
         """
         self.learner.load_weights(self._best(0) / "weights.safetensors")
         self.learner.supervise(*self.task.targets(self.config.warm_start.target), self.state.tokens_trained)
-        self._publish(SUPERVISED_VERSION)
+        self._publish(NO_STEP)
         return self.test("supervised").line["metrics"]
 
     @property
