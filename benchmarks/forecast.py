@@ -62,7 +62,7 @@ OF_TEXT: dict[str, Any] = {
     "warm_start": {"supervised_steps": 1200},
 }
 TASKS: dict[str, dict[str, Any]] = {
-    "quickstart": {},
+    "quickstart": {"trainer": {"steps": 40}},
     # To be formal takes words, and words cost similarity and brevity.
     "style": {
         "task": {"data": "builtin:records"},

@@ -86,5 +86,13 @@ def run_forecast(
         write_text(path / FORECAST, to_json(found.to_dict()) + "\n")
         write_forecast(path)
         if (path / "config.yaml").is_file():
-            Run(path).report()
+            _report(path, note)
     return found
+
+
+def _report(path: Path, note: Note) -> None:
+    """The run's report again, now with the forecast; a run that is just writing its files is not to be in the way."""
+    try:
+        Run(path).report()
+    except Exception as error:
+        note(f"no new report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")
