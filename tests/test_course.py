@@ -235,6 +235,16 @@ def test_the_best_are_run_again_on_fresh_seeds() -> None:
     assert finalists == [(f"final-{name}-s{seed}", seed, points[name]) for seed in (8, 9) for name in best]
 
 
+def test_where_halving_leaves_one_trial_the_next_finalists_are_those_that_came_furthest() -> None:
+    search = make_search(trials=8, finalists=3, controls=False)
+    course = drive(search, course_of(search))
+    first, *others = [course.entries[name] for name in course.finalists or []]
+    assert (first.state, [entry.state for entry in others]) == ("done", ["stopped", "stopped"])
+    furthest = max(len(entry.stood) for entry in course.of("trial") if entry.state == "stopped")
+    rivals = [entry for entry in course.of("trial") if entry.state == "stopped" and len(entry.stood) == furthest]
+    assert others == sorted(rivals, key=lambda entry: -float(entry.utility.mean()))[:2]
+
+
 def test_the_search_goes_before_its_result_and_that_before_its_controls() -> None:
     search = make_search(finalists=1, seeds=1)
     ended: list[str] = []

@@ -278,8 +278,12 @@ class Course:
         if self.finalists is None:
             if any(not entry.told for entry in self.of("trial")):
                 return False
-            done = [entry for entry in self.of("trial") if entry.state == "done" and mean_of(entry.utility) is not None]
-            best = sorted(done, key=lambda entry: -(mean_of(entry.utility) or 0.0)) if self.ranked else []
+            # Those that came furthest first: of few trials halving leaves one, and a second is to be run again too.
+            known = [
+                entry for entry in self.of("trial") if entry.state != "failed" and mean_of(entry.utility) is not None
+            ]
+            best = sorted(known, key=lambda entry: (-len(entry.stood), -(mean_of(entry.utility) or 0.0)))
+            best = best if self.ranked else []
             self._note(finalists=[entry.name for entry in best[: self.plan.finalists]])
             return True
         for seed in self.plan.seeds:
