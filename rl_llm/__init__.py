@@ -17,8 +17,12 @@ from rl_llm.runs.run import Run, load_run
 
 if TYPE_CHECKING:
     from rl_llm.api import forecast, search, train
+    from rl_llm.search.search import Search, load_search
 
-__all__ = ["Callback", "Run", "RunFailed", "Takes", "UserError", "forecast", "load_run", "reward", "search", "train"]
+__all__ = [
+    "Callback", "Run", "RunFailed", "Search", "Takes", "UserError", "forecast", "load_run", "load_search", "reward",
+    "search", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from rl_llm import api
 
         return getattr(api, name)
+    if name in ("Search", "load_search"):
+        from rl_llm.search import search
+
+        return getattr(search, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,7 +14,7 @@ from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.directory import run_directory
 from rl_llm.runs.run import Run
 from rl_llm.search.config import SearchConfig, build_search, run_of
-from rl_llm.search.following import Follower, PlainConsole
+from rl_llm.search.following import Follower
 from rl_llm.search.forecast import Forecast
 from rl_llm.search.forecasting import SAMPLES, run_forecast, settings_of
 from rl_llm.search.launching import run_search
@@ -75,7 +75,7 @@ def search(
     rewards: Reward | Sequence[Reward] | Mapping[str, Reward] | None = None,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
-    followers: Sequence[Follower] = (PlainConsole(),),
+    followers: Sequence[Follower] = (),
     **settings: Any,
 ) -> Search:
     """Search which weights, or any other settings, give the best policy. Works in a script and in a notebook cell.

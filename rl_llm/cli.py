@@ -119,7 +119,8 @@ def search(
             command = shlex.join(["rl-llm", "search", source, *(overrides or []), "--output", str(path), "--resume"])
             print(f"{stopped} in {path}; go on with: {command}")
             raise typer.Exit(130) from None
-    print(f"search {found.path}")
+    terminal().print(found.table())
+    print(f"{found.headline}\n{found.cost}\nsearch {found.path}  report {found.path / 'report.html'}")
 
 
 @app.command()
@@ -205,11 +206,16 @@ def replay(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]) -> None:
-    """Write report.html, one file that works offline."""
+def report(directory: Annotated[Path, typer.Argument(help="of a run or a search", metavar="DIR")]) -> None:
+    """Write report.html, one file that works offline; of a search also front.svg, trials.parquet and pareto.json."""
     from rl_llm.runs.run import Run
 
-    print(Run(run).report())
+    if (directory / "search.yaml").is_file():
+        from rl_llm.search.search import Search
+
+        print(Search(directory).report())
+    else:
+        print(Run(directory).report())
 
 
 @rewards_app.command("list")

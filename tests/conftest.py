@@ -60,6 +60,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return made
 
 
+@pytest.fixture(scope="session")
+def finished_search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a synthetic search that has come to its end; to be read only."""
+    from search_factory import make_search
+
+    return make_search(tmp_path_factory.mktemp("searches") / "finished", predicted=True, fails=("t04",))
+
+
 class Said(NamedTuple):
     code: int
     out: str

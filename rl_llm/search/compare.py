@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_llm.rng import Purpose, stream
+from rl_llm.runs.results import Interval
 
 RESAMPLES = 2000
 
@@ -19,18 +20,57 @@ def paired(ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95, seed:
     Returns:
         mean, low, high; all NaN where no prompt has a value on both sides.
     """
+    mean, drawn = _differences(ours, theirs, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (float("nan"),) * 2
+    return mean, float(low), float(high)
+
+
+def p_value(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of no difference, by inverting the percentile intervals of `paired`; NaN without a prompt.
+
+    At least 1 / (RESAMPLES / 2 + 0.5), since so many resamples see no smaller one (Davison & Hinkley 1997, 4.2).
+    """
+    _, drawn = _differences(ours, theirs, seed)
+    if len(drawn) == 0:
+        return float("nan")
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return float(min(1.0, 2 * (beyond + 1) / (len(drawn) + 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for their number, in their order: step-down Bonferroni (Holm 1979)."""
+    order = np.argsort(p_values)
+    factors = len(p_values) - np.arange(len(p_values))
+    corrected = np.maximum.accumulate(np.array(p_values, dtype=np.float64)[order] * factors)
+    out = np.empty(len(p_values))
+    out[order] = np.minimum(corrected, 1.0)
+    return out.tolist()
+
+
+def over_seeds(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of [S, P] values, NaN where there is none, and its bounds, resampled over prompts and seeds."""
+    return paired(values, np.where(np.isnan(values), np.nan, 0.0), confidence, seed)
+
+
+def as_interval(bounds: tuple[float, float, float]) -> Interval:
+    """Mean and bounds as files have them, None for NaN."""
+    mean, low, high = (None if np.isnan(bound) else float(bound) for bound in bounds)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _differences(ours: np.ndarray, theirs: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
+    """Mean difference and its resamples, none where no prompt has a value on both sides."""
     ours, theirs = np.atleast_2d(ours), np.atleast_2d(theirs)
     there = ~(np.isnan(ours).any(axis=0) | np.isnan(theirs).any(axis=0))
     ours, theirs = ours[:, there], theirs[:, there]
     count = ours.shape[1]
     if count == 0:
-        return (float("nan"),) * 3
+        return float("nan"), np.empty(0)
     generator = stream(seed, Purpose.BOOTSTRAP, count)
     prompts = generator.integers(count, size=(RESAMPLES, count))
-    means = _resampled(ours, prompts, generator) - _resampled(theirs, prompts, generator)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(ours.mean() - theirs.mean()), float(low), float(high)
+    drawn = _resampled(ours, prompts, generator) - _resampled(theirs, prompts, generator)
+    return float(ours.mean() - theirs.mean()), drawn
 
 
 def _resampled(values: np.ndarray, prompts: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_llm.runs.text import short
 from rl_llm.runs.writer import write_summary
-from rl_llm.search.course import OVER, Course, Entry
-from rl_llm.search.slot import TRIALS
-from rl_llm.values import to_json
+from rl_llm.search.course import OVER, Course
+from rl_llm.search.reader import TRIALS
 
 
 class Follower:
@@ -84,51 +82,3 @@ class Endings(Follower):
                 summary["best_step"] = 0 if best is None else best.step
                 summary["seconds"] = entry.reports[-1].seconds if entry.reports else 0.0
                 write_summary(folder, summary)
-
-
-class PlainConsole(Follower):
-    """A line an event on standard output."""
-
-    def on_message(self, text: str) -> None:
-        print(text, flush=True)
-
-    def on_line(self, course: Course, line: dict[str, Any]) -> None:
-        for text in _texts(course, line):
-            print(text, flush=True)
-
-
-def _texts(course: Course, line: dict[str, Any]) -> list[str]:
-    if "ask" in line:
-        seed = "" if line["seed"] is None else f"seed {line['seed']}  "
-        return [f"{line['ask']}: {line['source']}  {seed}{_point(line['point'])}"]
-    if "report" in line:
-        entry = course.entries[line["report"]]
-        if line["failed"]:
-            return [f"{entry.name} failed: {line['failed']}"]
-        return [_report(entry, line)]
-    if "fail" in line:
-        return [f"{line['fail']} {'is tried again' if line['again'] else 'failed'}: {line['reason']}"]
-    if "level" in line:
-        words = {"go": "goes on", "stop": "is stopped", "exploit": "takes over another policy"}
-        verdicts = line["verdicts"].items()
-        return [f"{name} {words[v['action']]}: {v['reason']}" for name, v in verdicts if v["reason"]]
-    if line.get("finalists"):
-        return [f"finalists: {', '.join(line['finalists'])}"]
-    return []
-
-
-def _report(entry: Entry, line: dict[str, Any]) -> str:
-    last = next((report for report in entry.reports if report.step == line["step"]), None)
-    utility = "" if last is None or last.mean is None else f"  utility {short(last.mean)}"
-    ended = f"  {line['ended']}" if line["ended"] else ""
-    return f"{entry.name} step {line['step']}{utility}  {short(line['tokens'])} tokens{ended}"
-
-
-def _point(point: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{path}={to_json(value)}" if not isinstance(value, dict) else _weights(value) for path, value in point.items()
-    )
-
-
-def _weights(weights: dict[str, Any]) -> str:
-    return " ".join(f"{name} {weight:.3g}" for name, weight in weights.items())

@@ -28,18 +28,20 @@ from rl_llm.runs.writer import write_summary
 from rl_llm.runtime import connected
 from rl_llm.runtime.cluster import slot_bundles, slots_that_fit
 from rl_llm.search.config import SearchConfig
+from rl_llm.search.console import SearchConsole, make_search_console
 from rl_llm.search.course import Course
-from rl_llm.search.following import Endings, Follower, Followers, PlainConsole
+from rl_llm.search.following import Endings, Follower, Followers
 from rl_llm.search.forecast import forecast
 from rl_llm.search.forecasting import TABLE
 from rl_llm.search.ledger import DECISIONS, Ledger
 from rl_llm.search.plan import check_search, make_course, make_space, utility_of
 from rl_llm.search.preparing import prepare
+from rl_llm.search.reader import BASE, SEARCH
 from rl_llm.search.samples import check_prompts
 from rl_llm.search.sampling import read_samples, samples_of
 from rl_llm.search.schedulers import rungs
-from rl_llm.search.search import SEARCH, Search
-from rl_llm.search.slot import BASE, STOP, Shared
+from rl_llm.search.search import Search
+from rl_llm.search.slot import STOP, Shared
 from rl_llm.search.space import WEIGHTS, Point, Space
 from rl_llm.search.trial import Trial
 from rl_llm.search.tuning import STORAGE, Slots, run_on_tune
@@ -66,7 +68,8 @@ def run_search(
     resume: bool = False,
     functions: Functions | None = None,
     task: Task | None = None,
-    followers: Sequence[Follower] = (PlainConsole(),),
+    followers: Sequence[Follower] = (),
+    console: SearchConsole | None = None,
 ) -> Search:
     """Search as configured in the directory `path`, and return what was found.
 
@@ -74,6 +77,7 @@ def run_search(
         resume: go on where an earlier start in the directory has come to; begin where there was none.
         functions: reward functions given as they are, by component.
         task: prompts made already, in place of `run.task`.
+        followers: beside the console, which is one too.
 
     Raises:
         UserError: something has to be changed first; nothing was started.
@@ -83,12 +87,16 @@ def run_search(
     path = absolute(path)
     space, plan = plan_search(search, functions or {}, task)
     find_search(search, space, plan, path, resume)
-    all_followers = Followers([Endings(), *followers], path)
-    with room_for(path), locked(path):
-        (path / STOP).unlink(missing_ok=True)
-        shutil.rmtree(path / STORAGE, ignore_errors=True)  # of a start that was killed
-        with connected(plan.config.resources, search.concurrent or 1), terminable():
-            return _run(search, space, plan, path, all_followers)
+    console = console or make_search_console()
+    all_followers = Followers([Endings(), console, *followers], path)
+    try:
+        with room_for(path), locked(path):
+            (path / STOP).unlink(missing_ok=True)
+            shutil.rmtree(path / STORAGE, ignore_errors=True)  # of a start that was killed
+            with connected(plan.config.resources, search.concurrent or 1), terminable():
+                return _run(search, space, plan, path, all_followers)
+    finally:
+        console.close()
 
 
 def plan_search(search: SearchConfig, functions: Functions, task: Task | None = None) -> tuple[Space, Plan]:
@@ -192,7 +200,19 @@ def _run(search: SearchConfig, space: Space, plan: Plan, path: Path, followers: 
         summary["trials"] = {entry.name: entry.state for entry in course.entries.values()}
         write_summary(path, summary)
         followers.end(summary)
+        _report(path, base if summary["status"] == "finished" else None, followers)
     return Search(path)
+
+
+def _report(path: Path, base: str | None, followers: Followers) -> None:
+    """A search is what it is without its report too. With a `base`, models of the front are exported before."""
+    try:
+        found = Search(path)
+        if base is not None:
+            found.export(base, followers.message)
+        found.report()
+    except Exception as error:
+        followers.message(f"no report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")
 
 
 def _go(search: SearchConfig, plan: Plan, base: str, path: Path, course: Course, followers: Followers) -> None:

@@ -16,8 +16,8 @@ from rl_llm.runtime.cluster import HEAD, Placement
 from rl_llm.runtime.pool import Pool
 from rl_llm.runtime.shared import marked, refuse_unshared
 from rl_llm.search.forecasting import TABLE
+from rl_llm.search.reader import BASE
 from rl_llm.search.sampling import read_samples, sample_base, write_samples
-from rl_llm.search.slot import BASE
 from rl_llm.trainer.trainer import Trainer
 
 

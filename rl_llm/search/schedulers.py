@@ -243,19 +243,30 @@ def rungs(kind: str, steps: int) -> tuple[int, tuple[float, ...]]:
     return every, (every / steps, 3 * every / steps, 1.0)
 
 
+def levels_of(search: SearchConfig, steps: int) -> tuple[float, ...]:
+    """Where the scheduler of a search decides, as shares of a trial; a budget in tokens has its levels at ninths.
+
+    Raises:
+        UserError: too few steps.
+    """
+    if not search.tokens:
+        return rungs(search.scheduler, steps)[1]
+    ninths = tuple(number / 9 for number in range(1, 9))
+    return {"none": (1.0,), "pbt": (*ninths, 1.0)}.get(search.scheduler, SHARES)
+
+
 def make_scheduler(search: SearchConfig, space: Space, steps: int) -> Scheduler:
-    """The scheduler that a search file names, for trials of so many steps; a budget in tokens has its levels at ninths.
+    """The scheduler that a search file names, for trials of so many steps.
 
     Raises:
         UserError: too few steps, or a space that it cannot serve.
     """
-    levels = SHARES if search.tokens else rungs(search.scheduler, steps)[1]
+    levels = levels_of(search, steps)
     if search.scheduler == "pbt":
         space.check_live()
-        ninths = tuple(number / 9 for number in range(1, 9))
-        return PBT(space.moved, search.seed, (*ninths, 1.0) if search.tokens else levels)
+        return PBT(space.moved, search.seed, levels)
     if search.scheduler == "none":
-        return Plain()
+        return Plain(levels)
     return Halving(levels) if search.scheduler == "halving" else ASHA(levels)
 
 

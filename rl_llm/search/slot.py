@@ -24,12 +24,12 @@ from rl_llm.runs.trackers import sinks
 from rl_llm.runs.writer import RunWriter, evaluation_tables
 from rl_llm.search.compare import mean_of
 from rl_llm.search.course import Report, Role
+from rl_llm.search.reader import BASE, TRIALS
 from rl_llm.search.space import Point, put
 from rl_llm.trainer.beginning import Beginning
 from rl_llm.trainer.trainer import Trainer
 from rl_llm.values import to_json
 
-TRIALS, BASE = "trials", "base"
 STOP = ".stop"
 """A file in a search's directory: trials stop after the step under way."""
 STACK = "stack.txt"

@@ -28,7 +28,8 @@ from ray.tune.search import Searcher
 from rl_llm.files import write_text
 from rl_llm.runtime.actor import reason_of
 from rl_llm.search.course import Course, Entry, Report
-from rl_llm.search.slot import INTERRUPTED, REPORT, STACK, STOP, TRIALS
+from rl_llm.search.reader import TRIALS
+from rl_llm.search.slot import INTERRUPTED, REPORT, STACK, STOP
 
 STORAGE = ".tune"
 CRASH = "crash.txt"
