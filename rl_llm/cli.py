@@ -218,6 +218,17 @@ def report(directory: Annotated[Path, typer.Argument(help="of a run or a search"
         print(Run(directory).report())
 
 
+@app.command()
+def pick(
+    search: Annotated[Path, typer.Argument(help="the directory of a search", metavar="DIR")],
+    pairs: Annotated[int, typer.Option(help="pairs to choose from, a third of them on the test split", min=1)] = 45,
+) -> None:
+    """Find a utility by looking: blind pairs of answers from the models of a search's front."""
+    from rl_llm.search.pick import pick as run_pick
+
+    run_pick(search, pairs, _note)
+
+
 @rewards_app.command("list")
 def list_rewards() -> None:
     """Every component a config can name, with its range, arguments and the columns it needs."""

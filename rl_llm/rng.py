@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     WEIGHTINGS = 5  # points on a large simplex of reward weights
     POINT = 6  # points of a search; trials
     PERTURBATION = 7  # points that a trial of a population moves to; members, then levels in the upper bits
+    PAIR = 8  # answers shown side by side; pairs
     MINIBATCH = 16  # which groups share an update; steps
     EXAMPLES = 32  # supervised examples; 1 for self-supervised ones
     EVALUATION = 64  # tokens of an evaluation's samples; samples

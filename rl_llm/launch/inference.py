@@ -34,7 +34,7 @@ from rl_llm.tasks import Task, describe_bad_rows, load_prompts
 from rl_llm.tasks.prompts import template_columns
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import FirstIds
-from rl_llm.trainer.evaluation import Evaluator
+from rl_llm.trainer.evaluation import Evaluation, Evaluator
 from rl_llm.trainer.workers import Workers
 from rl_llm.values import as_text, to_json
 
@@ -117,6 +117,14 @@ def evaluate(
     Returns:
         Every component's mean and 95 % interval, `{name: {mean, low, high}}`, and the number of prompts.
     """
+    found = measure(config, split, note, functions)
+    return found.line["metrics"], len(found.prompt_ids)
+
+
+def measure(
+    config: RunConfig, split: str, note: Note, functions: Mapping[str, Callable[..., Any]] | None = None
+) -> Evaluation:
+    """What `evaluate` reports, with each prompt's values and as many completions as `evaluation.samples` says."""
     functions = {**registered_here(config), **(functions or {})}
     task = read_task(config)
     if split not in task.splits:
@@ -130,7 +138,7 @@ def evaluate(
     prompts = held_out(task.splits[split], config.evaluation.test_prompts)
     with acting_workers(config, components, functions) as (workers, weights):
         evaluator = Evaluator(config.evaluation, params, components, workers.collector, telling(note))
-        return evaluator.evaluate(prompts, split, "evaluate", 0, weights).line["metrics"], prompts.num_rows
+        return evaluator.evaluate(prompts, split, "evaluate", 0, weights)
 
 
 def telling(note: Note) -> Callable[[dict[str, Any]], None]:

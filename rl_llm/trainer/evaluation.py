@@ -178,9 +178,11 @@ class Evaluator:
         return Evaluation(line, found.prompt_ids, values)
 
     def _samples(self, found: Rollouts, values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        if self.config.samples == 0:
-            return []
-        [shard] = fetch(found.shards[:1])
-        rows = shard.slice(0, self.config.samples).select(["prompt", "completion"]).to_pylist()
+        rows: list[dict[str, Any]] = []
+        for shard in found.shards:
+            if len(rows) < self.config.samples:
+                [table] = fetch([shard])
+                shown = table.slice(0, self.config.samples - len(rows))
+                rows += shown.select(["prompt", "completion"]).to_pylist()
         scored = [name for name in values if name != TOKENS]
         return [{**row, "rewards": {name: _number(values[name][i]) for name in scored}} for i, row in enumerate(rows)]
