@@ -23,9 +23,8 @@ from rl_llm.runs.forecasts import ForecastText
 from rl_llm.search.dominance import FRONT, NOTHING, OUT_OF_REACH, UNDECIDED, Interval, bootstrap, verdicts
 from rl_llm.search.samples import LEAST_SAMPLES, Samples, check_prompts
 from rl_llm.search.tilt import Tilted, reach, tilt
-from rl_llm.trainer.evaluation import Utility
+from rl_llm.trainer.evaluation import UTILITY, Utility
 
-UTILITY = "utility"
 FAR = 1.0  # nats: with 64 samples and normal advantages about a seventh of them still count
 SHORT = 0.25  # of the KL aimed at: a weighting that cannot come so far is compared with none
 STEPS = {2: 20, 3: 12, 4: 8}  # of the grid over the simplex, by its number of components

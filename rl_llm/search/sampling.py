@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from rl_llm.config import PolicyConfig, RunConfig, value_at
 from rl_llm.files import replacing
 from rl_llm.launch.inference import Note, acting_workers, telling
-from rl_llm.launch.preflight import Plan, load_tokenizer
-from rl_llm.launch.warm_start import ensure_base
-from rl_llm.policies import SamplingParams, policy_class
+from rl_llm.launch.preflight import Plan
+from rl_llm.launch.record import prepare_base
+from rl_llm.policies import SamplingParams
 from rl_llm.rewards import apply_failure_policies
 from rl_llm.rng import Purpose, key
 from rl_llm.runtime import connected
@@ -55,9 +55,7 @@ def sample_base(plan: Plan, count: int, note: Note) -> pa.Table:
     """
     config, task = plan.config, plan.task
     with connected(config.resources):
-        base = ensure_base(config, task, note)
-        if plan.tokenizer is None:
-            task.tokenize(load_tokenizer(base), policy_class(config.policy).continues)
+        base = prepare_base(plan, Path(), None, note)
         prompts = held_out(task.splits["tune"], config.evaluation.prompts)
         check_prompts(prompts.num_rows)
         policy = PolicyConfig(model=base, type=config.policy.type, precision=config.policy.precision)
