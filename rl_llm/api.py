@@ -13,7 +13,7 @@ from rl_llm.launch.training import run_training
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.directory import run_directory
 from rl_llm.runs.run import Run
-from rl_llm.search.config import SearchConfig, build_search, run_of
+from rl_llm.search.config import SearchConfig, build_search, read_search, run_of
 from rl_llm.search.following import Follower
 from rl_llm.search.forecast import Forecast
 from rl_llm.search.forecasting import SAMPLES, run_forecast, settings_of
@@ -93,7 +93,7 @@ def search(
         UserError: something has to be changed first; nothing was started.
         RunFailed: the search could not go on, or every trial of it has failed.
     """
-    raw = {} if source is None else read_config(Path(source))
+    raw = {} if source is None else read_search(Path(source))
     for name, value in settings.items():
         if name not in SearchConfig.model_fields:
             hint = did_you_mean(name, [*SearchConfig.model_fields, *inspect.signature(search).parameters])

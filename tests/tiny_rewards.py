@@ -56,3 +56,20 @@ async def hanging_async(completions: list[str], prompts: list[str], *, on: str, 
     if on in prompts:
         await asyncio.Event().wait()
     return [1.0] * len(completions)
+
+
+def moody(completions: list[str], *, mode: str = "", folder: str = "", **columns: Any) -> list[float]:
+    """0 for everything, by a process whose id is noted; by `mode` it may fail, once where that says so."""
+    with (Path(folder) / "pids").open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    done, once = Path(folder) / mode, mode.endswith("once")
+    if mode and not (once and done.exists()):
+        done.touch()
+        if mode.startswith("die"):
+            os._exit(1)
+        if mode.startswith("hang"):
+            threading.Event().wait()
+        if mode == "raise":
+            raise ValueError("out of mood")
+        return [float("nan")] * len(completions)
+    return [0.0] * len(completions)

@@ -73,7 +73,13 @@ def load_search(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         UserError: no such file, broken YAML, an unknown key, a wrong type.
     """
-    return build_search(read_config(source), overrides, where=str(source))
+    return build_search(read_search(source), overrides, where=str(source))
+
+
+def read_search(source: str | Path) -> dict[str, Any]:
+    """The plain mapping in a search file. Raises `UserError` as `read_config`."""
+    # There a null is an empty section; here it stands for the default.
+    return {key: value for key, value in read_config(source).items() if value != {}}
 
 
 def build_search(

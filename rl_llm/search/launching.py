@@ -10,7 +10,7 @@ from typing import Any
 import ray.cloudpickle
 from ray import tune
 
-from rl_llm.config import build_config, read_config
+from rl_llm.config import build_config
 from rl_llm.config.yaml12 import write_yaml
 from rl_llm.errors import Interrupted, RunFailed, UserError, option
 from rl_llm.files import room_for, write_text
@@ -27,7 +27,7 @@ from rl_llm.runs.output import shielded
 from rl_llm.runs.writer import write_summary
 from rl_llm.runtime import connected
 from rl_llm.runtime.cluster import slot_bundles, slots_that_fit
-from rl_llm.search.config import SearchConfig
+from rl_llm.search.config import SearchConfig, read_search
 from rl_llm.search.console import SearchConsole, make_search_console
 from rl_llm.search.course import Course
 from rl_llm.search.following import Endings, Follower, Followers
@@ -146,7 +146,7 @@ def find_search(search: SearchConfig, space: Space, plan: Plan, path: Path, resu
             f"{path} holds a search already; add {option('resume', 'True')} to go on with it, or name another "
             f"{option('output')}"
         )
-    before, now = read_config(noted), resolved(search, space, plan)
+    before, now = read_search(noted), resolved(search, space, plan)
     changed = [f"{key}: {old} -> {new}" for key, old, new in _differences(before, now)]
     if changed:
         raise UserError(
@@ -158,7 +158,9 @@ def find_search(search: SearchConfig, space: Space, plan: Plan, path: Path, resu
 def resolved(search: SearchConfig, space: Space, plan: Plan) -> dict[str, Any]:
     """A search file that stands by itself: the run's settings are in it, with every default."""
     trials = len(space.grid()) if search.searcher == "grid" else search.trials
-    return {**search.model_dump(mode="json"), "recipe": None, "trials": trials, "run": plan.config.to_dict()}
+    own = search.model_dump(mode="json", exclude={"recipe"})
+    given = {key: value for key, value in own.items() if value not in (None, {})}
+    return {**given, "trials": trials, "run": plan.config.to_dict()}
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
