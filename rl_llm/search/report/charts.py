@@ -97,10 +97,14 @@ def _forecast(files: SearchFiles, names: list[str], signs: Mapping[str, int]) ->
         "text": [label(point_text({"weights": point["weights"]})) for point in points],
         "at": [[None if math.isnan(value) else value for value in row] for row in means.tolist()],
         "fronts": fronts,
-        "note": f"forecast at a KL of {forecast['kl']:.2f} nats from {forecast['samples']} samples a prompt"
-        if is_number(forecast.get("kl"))
-        else "forecast",
+        "note": _basis(files, forecast),
     }
+
+
+def _basis(files: SearchFiles, forecast: Mapping[str, Any]) -> str:
+    greedy = files.run_config.evaluation.temperature == 0
+    apart = "; it is of sampled answers, and evaluations are greedy" if greedy else ""
+    return f"forecast at a KL of {forecast['kl']:.2f} nats from {forecast['samples']} samples a prompt{apart}"
 
 
 def _hover(one: Candidate) -> str:
