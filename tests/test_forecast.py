@@ -160,9 +160,18 @@ def test_a_constant_component_is_silent_and_its_corner_is_compared_with_none() -
 
 def test_rare_signal_lowers_the_kl_of_all() -> None:
     half = np.tile([0.0, 1.0], (PROMPTS, N // 2))
-    found = forecast(samples(a=noise(11), b=half), config("a", "b"), kl=1.5)
+    found = forecast(samples(a=half, b=half), config("a", "b"), kl=1.5)
     assert found.kl == pytest.approx(0.95 * math.log(2))
     assert [point.kl for point in found.points] == pytest.approx([found.kl] * len(found.points))
+
+
+def test_a_few_that_cannot_come_so_far_do_not_hold_up_the_others() -> None:
+    half = np.tile([0.0, 1.0], (PROMPTS, N // 2))
+    found = forecast(samples(a=noise(11), b=half), config("a", "b"), kl=1.5)
+    assert found.kl == 1.5
+    short = [point for point in found.points if point.verdict == OUT_OF_REACH]
+    assert [point.name for point in short] == ["only b"]
+    assert short[0].kl == pytest.approx(0.95 * math.log(2))
 
 
 def test_opposed_components_fight_and_strangers_do_not() -> None:

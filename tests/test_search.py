@@ -30,8 +30,7 @@ from rl_llm.search.following import Follower
 from rl_llm.search.launching import plan_search, resolved, run_search
 from rl_llm.search.ledger import DECISIONS, Ledger
 from rl_llm.search.plan import make_course
-from rl_llm.search.search import SEARCH
-from rl_llm.search.slot import BASE, TRIALS
+from rl_llm.search.reader import BASE, SEARCH, TRIALS
 
 
 def left() -> list[Any]:

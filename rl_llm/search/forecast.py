@@ -26,7 +26,8 @@ from rl_llm.search.tilt import Tilted, reach, tilt
 from rl_llm.trainer.evaluation import UTILITY, Utility
 
 FAR = 1.0  # nats: with 64 samples and normal advantages about a seventh of them still count
-SHORT = 0.25  # of the KL aimed at: a weighting that cannot come so far is compared with none
+SHORT = 0.25  # of the KL aimed at: a weighting that cannot come so far has too little signal
+FEW = 0.1  # share of the others that may come less far than what all are compared at
 STEPS = {2: 20, 3: 12, 4: 8}  # of the grid over the simplex, by its number of components
 DRAWS = 256  # points on a larger simplex
 BLOCK = 1 << 21  # advantages tilted at once
@@ -94,7 +95,7 @@ class Forecast:
         metrics: what is better higher (1) or lower (-1); with a utility, what it weighs.
         utility: its weights, None where there is none.
         prompts, samples: that it is made from, samples a prompt.
-        kl: at which weightings are compared, `asked` or less where some cannot come so far.
+        kl: at which weightings are compared, `asked` or less where too many cannot come so far.
         base: metrics of the base policy's samples.
         signal: by component, the share of prompts whose samples differ in it, as the mixture sees it.
         fights: see `Fight`; `best`: None without a utility.
@@ -210,8 +211,9 @@ def forecast(
     parts = [samples, samples.half(0), samples.half(1)]
     advantages = [_advantages(part, config, members, weights) for part in parts]
     reached = np.min([reach(part) for part in advantages], axis=0)
-    compared = reached >= SHORT * asked
-    level = min(asked, float(reached[compared].min())) if compared.any() else asked
+    able = reached[reached >= SHORT * asked]
+    level = min(asked, float(np.quantile(able, FEW))) if len(able) else asked
+    compared = reached >= level * (1 - NOTHING)
     scored = Utility(dict(utility), samples.base) if utility else None
     metrics = [*samples.values, *([UTILITY] if scored else [])]
     reads = [_read(part, found, level, scored) for part, found in zip(parts, advantages, strict=True)]

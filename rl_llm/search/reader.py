@@ -49,9 +49,8 @@ class SearchFiles:
     def config(self) -> SearchConfig:
         """The resolved search, without the library versions that its file also notes."""
         where = self.path / SEARCH
-        # A null is read as an empty section, and means the default.
         kept = {key: value for key, value in read_config(where).items() if key in SearchConfig.model_fields}
-        return build_search({key: value for key, value in kept.items() if value != {}}, where=str(where))
+        return build_search(kept, where=str(where))
 
     @cached_property
     def run_config(self) -> RunConfig:
