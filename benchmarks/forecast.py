@@ -43,6 +43,7 @@ from rl_llm.table import ragged
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import FirstIds
 from rl_llm.trainer.evaluation import Utility
+from rl_llm.trainer.state import utility_weights
 from rl_llm.trainer.trainer import Trainer
 
 SEEDS = (0, 1)
@@ -147,7 +148,7 @@ class Bench:
         self.start: Policy = load_policy(self.base, PolicyConfig(precision=config.policy.precision))
         self.plan.task.tokenize(self.start.tokenizer, self.start.continues)
         self.weightings = weightings(list(config.rewards.components))
-        self.utility = Utility(dict(config.evaluation.utility or {}), self.samples.base)
+        self.utility = Utility(utility_weights(config), self.samples.base)
 
     def forecast(self, kl: float | None = None) -> Forecast:
         return forecast(self.samples, self.config, utility=self.utility.weights, weightings=self.weightings, kl=kl)
