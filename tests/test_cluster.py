@@ -48,11 +48,11 @@ def test_a_slot_has_room_for_the_trainers_process_before_that_for_its_actors(ray
     assert slots_that_fit(resources) == 2
 
     slot = Placement(resources, slot=True)
-    inside = Placement(resources, slot._group)
+    inside = Placement(resources, slot.group)
     assert inside.bundle("learner", 0)["scheduling_strategy"].placement_group_bundle_index == 1
     assert slot.bundle(HEAD, 0)["num_cpus"] == 0.1
     inside.remove()
-    assert ray.util.placement_group_table(slot._group)["state"] == "CREATED"
+    assert ray.util.placement_group_table(slot.group)["state"] == "CREATED"
     slot.remove()
     with pytest.raises(UserError, match=r"needs 1 x {CPU: 1, GPU: 1}.*missing GPU: 1. Lower resources.num_gpus_per_l"):
         Placement(ResourcesConfig(num_gpus_per_learner=1, wait_s=0.1), slot=True)

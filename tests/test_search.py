@@ -187,6 +187,16 @@ def test_a_second_signal_ends_it_at_once(whole: Path, config: SearchConfig, tmp_
         run_search(config, path, resume=True, followers=[At(1, insist)])
 
 
+def test_a_slot_that_has_come_to_a_halt_gives_its_room_to_one_that_waits_for_it(
+    tiny_run: Tiny, whole: Path, config: SearchConfig, tmp_path: Path
+) -> None:
+    """Two at once are asked for, and there is room for one; the first waits for the second at its level."""
+    run = {**config.run, "resources": {"num_cpus_per_learner": 3, "wait_s": 1}}
+    tight = config.model_copy(update={"run": run, "concurrent": 2, "trials": 2, "finalists": 0})
+    found = run_search(tight, begun(tight, whole, tmp_path / "search"), resume=True, followers=())
+    assert sorted(found.summary["trials"].values()) == ["done", "stopped"]
+
+
 def moods(tiny_run: Tiny, folder: Path, modes: list[str]) -> SearchConfig:
     """A trial for each mode of a reward."""
     moody = {"use": "tiny_rewards:moody", "args": {"folder": str(folder)}}

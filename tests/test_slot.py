@@ -184,6 +184,8 @@ def test_a_soup_lies_between_the_policies_it_is_made_of(slot: Slot, here: Shared
 
 
 def test_a_trial_that_fails_says_why_and_the_next_one_is_well(slot: Slot, here: Shared) -> None:
+    asked(slot, "first")
     failed = asked(slot, "bad", {"rewards.components.match.args": {"nothing": 1}})
     assert "nothing" in failed.failed
+    assert (failed.step, failed.tokens) == (0, 0)  # not those of the one before
     assert asked(slot, "good").failed == ""

@@ -171,6 +171,9 @@ class Placement:
         slot: with a bundle for the process that holds the trainer, `bundle(HEAD, 0)`.
         group: a slot that is there already, and stays with whoever made it.
 
+    Attributes:
+        group: as Ray has it.
+
     Raises:
         UserError: the cluster has no such room within `resources.wait_s`; names what is missing.
     """
@@ -182,12 +185,12 @@ class Placement:
         }
         self._given = group is not None
         if self._given:
-            self._group = group
+            self.group = group
             return
-        self._group = ray.util.placement_group(list(self._bundles.values()), strategy="PACK")
+        self.group = ray.util.placement_group(list(self._bundles.values()), strategy="PACK")
         placed = False
         try:
-            placed = self._group.wait(resources.wait_s)
+            placed = self.group.wait(resources.wait_s)
         finally:
             if not placed:
                 self.remove()
@@ -197,14 +200,14 @@ class Placement:
     def bundle(self, kind: str, index: int) -> dict[str, Any]:
         """The actor options (resources and scheduling strategy) that put replica `index` of `kind` in its place."""
         bundle = self._bundles[kind, index]
-        place = PlacementGroupSchedulingStrategy(self._group, list(self._bundles).index((kind, index)))
+        place = PlacementGroupSchedulingStrategy(self.group, list(self._bundles).index((kind, index)))
         return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0.0), "scheduling_strategy": place}
 
     def remove(self) -> None:
         """Gives the room back where it is its own; actors still in it are killed."""
         if self._given:
             return
-        ray.util.remove_placement_group(self._group)
+        ray.util.remove_placement_group(self.group)
 
     def _what_is_missing(self, resources: ResourcesConfig) -> str:
         total, free = ray.cluster_resources(), ray.available_resources()

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from rl_llm.launch.preflight import Plan, quiet_libraries
 from rl_llm.launch.record import Note, begin_record
 from rl_llm.runs import checkpoint
@@ -31,8 +29,8 @@ class Preparation:
         """Raise `UserError` where the search's directory, which has this file of the driver's, is not to be seen."""
         refuse_unshared(mark, "name an output")
 
-    def measure(self, plan: Plan, base: str, path: Path) -> None:
-        """Begin a run of the base policy, and leave it there."""
+    def measure(self, plan: Plan, base: str, path: Path, group: Any = None) -> None:
+        """Begin a run of the base policy, and leave it there; `group`: see `Placement`."""
         opened = Trainer.open(
             plan.config,
             path,
@@ -41,7 +39,7 @@ class Preparation:
             functions=plan.functions,
             callbacks=[RunWriter()],
             origin=plan.origin,
-            group=ray.util.get_current_placement_group(),
+            group=group,
         )
         with opened as trainer:
             begin_record(plan, path, print)
@@ -80,7 +78,7 @@ def prepare(plan: Plan, base: str, path: Path, samples: int, note: Note) -> None
             if not measured:
                 note("base       its policy is measured, once for all trials")
                 shutil.rmtree(path / BASE, ignore_errors=True)
-                worker.call("measure", plan, base, path / BASE)
+                worker.call("measure", plan, base, path / BASE, room.group)
             if not sampled:
                 note(f"forecast   from {samples} samples a prompt of the base policy")
                 worker.call("sample", plan, samples, path / TABLE)

@@ -120,9 +120,11 @@ class Slot:
                     self._begin(path)
                 told = self._mix() if self._at.role == "soup" else self._go_on()
         except (RunFailed, UserError) as error:
-            # The next one begins on a trainer of its own.
-            told = replace(self._measured(), failed=str(error))
-            self.close()
+            # A trainer that did not come so far is still that of another trial.
+            reached = self._trainer is not None and self._trainer.path == path
+            told = self._measured() if reached else Report(self._reported, 0, 0.0, [], {})
+            told = replace(told, failed=str(error))
+            self.close()  # the next one begins on a trainer of its own
         except BaseException:
             self.close()
             raise
@@ -205,9 +207,7 @@ class Slot:
 
     def _measured(self, label: str = "validation") -> Report:
         """What there is to be told now, as it lies on disk."""
-        trainer = self._trainer
-        if trainer is None:
-            return Report(self._reported, 0, 0.0, [], {})
+        trainer = self.trainer
         step, tokens, path = trainer.steps_done, trainer.state.tokens_generated, trainer.path
         if (label, step) not in evaluation_tables(path):
             return Report(step, tokens, trainer.seconds, [], {})

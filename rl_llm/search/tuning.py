@@ -163,10 +163,10 @@ class Slots:
     def each_round(self, controller: Any) -> None:
         """Before Tune starts what it has to start."""
         self.controller, self._handed_on = controller, False
-        since = [since for _, since in self._under_way.values()]
-        running = any(t.trial_id in self._under_way and t.status == TuneTrial.RUNNING for t in controller.get_trials())
+        waiting = {trial.trial_id for trial in controller.get_trials() if trial.status == TuneTrial.PENDING}
+        since = [since for id, (_, since) in self._under_way.items() if id in waiting]
         # Others have the room that was counted on: who has come to a halt gives it to who waits for it.
-        if self._idle and since and not running and time.monotonic() - min(since) > self.wait_s:
+        if self._idle and since and time.monotonic() - min(since) > self.wait_s:
             self._free(1)
 
     def _free(self, count: int) -> None:
