@@ -412,7 +412,7 @@ def _signal(samples: Samples, config: RunConfig) -> dict[str, float]:
 
 
 def _fights(points: list[Point], signs: Mapping[str, int], members: list[str]) -> list[Fight]:
-    """What each member alone lowers beyond the interval; the worst first."""
+    """What each member alone makes worse beyond the interval."""
     found = []
     for member in members:
         point = next(point for point in points if point.name == f"only {member}")
