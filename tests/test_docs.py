@@ -19,6 +19,8 @@ import rl_llm
 from rl_llm.config import BoundConfig, ComponentConfig, ControllerConfig, GateConfig, RunConfig, build_config
 from rl_llm.config.yaml12 import read_yaml
 from rl_llm.rewards import known
+from rl_llm.search.config import SearchConfig, build_search
+from rl_llm.search.plan import make_space
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -26,9 +28,9 @@ MODELS = [RunConfig, ComponentConfig, GateConfig, ControllerConfig, BoundConfig]
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
 
 
-def documented() -> dict[str, str]:
-    """Each key in the tables of configuration.md and what stands as its default."""
-    rows = ROW.findall((ROOT / "docs" / "configuration.md").read_text())
+def documented(page: str = "configuration.md") -> dict[str, str]:
+    """Each key in the tables of a page and what stands as its default."""
+    rows = ROW.findall((ROOT / "docs" / page).read_text())
     return {key: default for key, _, default, _ in rows}
 
 
@@ -61,6 +63,14 @@ def test_no_key_is_documented_that_does_not_exist() -> None:
     assert set(documented()) - keys == set()
 
 
+def test_every_key_of_a_search_is_documented_with_its_default() -> None:
+    found = documented("search.md")
+    expected = dict(defaults(SearchConfig))
+    assert found.pop("space") == "required"
+    assert expected.pop("space") is PydanticUndefined
+    assert {key: read_yaml(default) for key, default in found.items()} == expected
+
+
 def blocks(language: str) -> list[Any]:
     found = []
     for page in PAGES:
@@ -72,6 +82,9 @@ def blocks(language: str) -> list[Any]:
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_examples_are_configs(text: str) -> None:
     raw = yaml.safe_load(text)
+    if "space" in raw:
+        assert make_space(build_search(raw)).corners()
+        return
     assert set(raw) <= set(RunConfig.model_fields)
     # An excerpt shows some sections; what a run cannot do without is put beside it.
     raw.setdefault("rewards", {}).setdefault("components", ["chrf"])
