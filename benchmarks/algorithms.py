@@ -14,7 +14,7 @@ from rl_llm.config import load_config
 from rl_llm.launch.training import run_training
 from rl_llm.runs.run import Run
 
-METRICS = ("utility", "chrf", "length", "no_repeat")
+METRICS = ("utility", "facts", "sentence", "brevity", "chrf")
 # With one update a batch every ratio is 1, and losses that differ in how they clip it are the same.
 SETTINGS = ("learner.minibatches=2", "evaluation.controls=[]", "logging.tensorboard=false", "logging.rollouts=0")
 

@@ -1,10 +1,12 @@
 from itertools import islice
 
+import numpy as np
+import pytest
 from task_factory import all_rows
 
 from rl_llm.config import TaskConfig
 from rl_llm.tasks import load_task
-from rl_llm.tasks.records import CITIES, JOBS, NAMES, YEARS, generate, record
+from rl_llm.tasks.records import CITIES, JOBS, NAMES, NOTES, OMISSIONS, YEARS, generate, record
 
 
 def test_the_generated_task_has_no_end_and_each_row_stands_alone() -> None:
@@ -28,8 +30,7 @@ def test_the_generated_task_is_the_same_everywhere() -> None:
             "born in 1990 , emil is a singer in rome .",
             "the singer emil from rome was born in 1990 .",
         ],
-        "demonstration": "well , it is known that emil is a singer in rome , the city of rome , "
-        "born in 1990 , yes in 1990 .",
+        "demonstration": "emil is in rome , the city of rome , born in 1990 , yes in 1990 .",
     }
 
 
@@ -45,15 +46,35 @@ def test_generated_prompts_determine_their_references() -> None:
 
 def test_demonstrations_are_wordy_yet_the_concise_form_is_among_them() -> None:
     rows = list(islice(generate(0), 4000))
-    lengths = [len(row["demonstration"].split()) for row in rows]
+    whole = [text for text in (row["demonstration"] for row in rows) if " is a " in text and " born " in text]
+    lengths = [len(text.split()) for text in whole if " in " in text.replace("born in", "").replace("yes in", "")]
     concise = [len(row["reference"][0].split()) for row in rows]
-    assert 2 <= sum(lengths) / sum(concise) <= 3
-    assert max(lengths) <= 42
+    assert 1.5 <= np.mean(lengths) / np.mean(concise) <= 2.5
+    assert max(lengths) <= 40
     assert all(8 <= len(text.split()) <= 14 for row in rows for text in row["reference"])
     assert any(row["demonstration"] == row["reference"][0] for row in rows)
-    for row in rows:
-        words = row["demonstration"].split()
-        assert {row["name"], row["job"], row["city"], str(row["born"])} <= set(words)
+
+
+def test_demonstrations_are_notes_now_and_then() -> None:
+    demonstrations = [row["demonstration"] for row in islice(generate(0), 4000)]
+    notes = [text for text in demonstrations if " : " in text]
+    assert len(notes) / len(demonstrations) == pytest.approx(NOTES, abs=0.05)
+    assert all(text.endswith(" .") and "  " not in text and " , ," not in text for text in demonstrations)
+    assert not any(" is a " in text or "born in" in text for text in notes)
+
+
+def test_demonstrations_leave_facts_out_by_the_habits_of_a_city_and_state_no_other() -> None:
+    left_out: dict[str, list[list[bool]]] = {}
+    for row in islice(generate(0), 12_000):
+        words = set(row["demonstration"].split())
+        assert row["name"] in words
+        stated = words & {*JOBS, *map(str, YEARS)}  # a city's name may be a word: nice
+        assert stated <= {row["job"], str(row["born"])}
+        left_out.setdefault(row["city"], []).append([str(row[key]) not in words for key in ("job", "city", "born")])
+    shares = np.array([np.mean(rows, axis=0) for rows in left_out.values()])
+    assert shares.mean() == pytest.approx(OMISSIONS / 2, abs=0.08)
+    assert shares.min() < 0.1 * OMISSIONS
+    assert shares.max() > 0.9 * OMISSIONS
 
 
 def test_the_default_task_is_the_generated_one() -> None:

@@ -4,10 +4,12 @@ Row i is made from (seed, i) alone, so the task has no end and needs no file:
 
     prompt          name ada ; job baker ; city oslo ; born 1987 =>
     reference       ada is a baker in oslo , born in 1987 .          (and three other wordings)
-    demonstration   well , ada , yes ada , is a baker in oslo , the city of oslo , born in 1987 .
+    demonstration   well , ada , yes ada , is a baker in oslo , the city of oslo , and that is all .
 
-A policy warm-started on the demonstrations is wordy and repeats itself. Every filler and repetition is drawn on its
-own, so each shorter text down to the concise one keeps some probability: reward can lead there step by step.
+A policy warm-started on the demonstrations writes as their authors do: it is wordy, it leaves facts out, which ones
+depends on the city, and now and then it writes notes ("ada : baker , oslo , 1987 ."). So being short, being complete
+and being a sentence are three things. Every filler, repetition and omission is drawn on its own, so each text between
+them keeps some probability: reward can lead there step by step.
 """
 
 import random
@@ -30,9 +32,10 @@ CITIES = (
 YEARS = range(1960, 2000)
 
 OPENINGS = ("well ,", "now ,", "you see ,")
-SOURCES = ("as the record shows ,", "it is said that", "it is known that")
 ENDINGS = (", and that is all", ", as we know")
 WORDINESS = 0.55
+NOTES = 0.3
+OMISSIONS = 0.9
 
 
 def generate(seed: int) -> Iterator[dict[str, Any]]:
@@ -75,14 +78,22 @@ def _references(name: str, job: str, city: str, born: int) -> list[str]:
 
 
 def _demonstration(rng: random.Random, name: str, job: str, city: str, born: int) -> str:
+    habits = random.Random(f"habits:{city}")
+
     def maybe(*texts: str) -> str:
         text = _pick(rng, texts)
         return f"{text} " if rng.random() < WORDINESS else ""
 
-    return (
-        f"{maybe(*OPENINGS)}{maybe(*SOURCES)}"
-        f"{name} {maybe(f', yes {name} ,')}"
-        f"is a {job} {maybe(f', yes a {job} ,')}"
-        f"in {city} {maybe(f', the city of {city}')}"
-        f", born in {born} {maybe(f', yes in {born}')}{maybe(*ENDINGS)}."
-    )
+    said = {key: rng.random() >= OMISSIONS * habits.random() for key in ("job", "city", "born")}
+    opening = f"{maybe(*OPENINGS)}{name} "
+    if rng.random() < NOTES:
+        notes = [str(fact) for fact, stated in zip((job, city, born), said.values(), strict=True) if stated]
+        return f"{opening}: {' , '.join(notes)} ." if notes else f"{opening}."
+    text = opening + maybe(f", yes {name} ,")
+    if said["job"]:
+        text += f"is a {job} " + maybe(f", yes a {job} ,")
+    if said["city"]:
+        text += f"{'' if said['job'] else 'is '}in {city} " + maybe(f", the city of {city}")
+    if said["born"]:
+        text += f", born in {born} " + maybe(f", yes in {born}")
+    return (text + maybe(*ENDINGS) + ".").replace(" , ,", " ,")
