@@ -250,9 +250,9 @@ SAID = {
 def test_what_is_said_of_a_lost_worker_is_the_cause_and_no_advice(kind: str, expected: str) -> None:
     from ray.exceptions import OutOfMemoryError
 
-    from rl_llm.runtime.actor import _reason
+    from rl_llm.runtime.actor import reason_of
 
-    line = _reason(OutOfMemoryError(SAID[kind]))
+    line = reason_of(OutOfMemoryError(SAID[kind]))
     assert line.endswith(expected)
     assert "\n" not in line
 

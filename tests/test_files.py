@@ -116,7 +116,7 @@ def test_a_run_whose_disk_is_full_goes_on_once_there_is_room(
     assert Run(path).summary["reason"] == str(failed.value)
     assert not list(path.rglob("*.partial"))
     with monkeypatch.context() as patch:
-        patch.setattr("rl_llm.launch.training.write_summary", full_as_well)
+        patch.setattr("rl_llm.launch.record.write_summary", full_as_well)
         with pytest.raises(RunFailed, match="disk full"):
             tiny.train(tiny_run.config(), path, resume=True)
     assert Run(path).status == "running or killed"
