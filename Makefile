@@ -14,8 +14,8 @@ install: .venv/installed
 
 quickstart: install
 	$(BIN)/rl-llm train quickstart --output runs/quickstart
+	$(BIN)/rl-llm replay runs/quickstart --weights facts=1,sentence=1,brevity=1
 	$(BIN)/rl-llm replay runs/quickstart --weights facts=1,sentence=0,brevity=0
-	$(BIN)/rl-llm replay runs/quickstart --weights facts=0,sentence=1,brevity=1
 
 test: install
 	$(BIN)/python -m pytest
