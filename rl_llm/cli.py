@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from rl_llm.errors import RunFailed, UserError, on_the_command_line
+from rl_llm.errors import Interrupted, RunFailed, UserError, on_the_command_line
 from rl_llm.files import room_for
 from rl_llm.process import absolute
 from rl_llm.runs.console import terminal
@@ -70,17 +70,11 @@ def train(
         if plan.task.bad_rows:
             print(describe_bad_rows(plan.task.bad_rows))
         return
-    from rl_llm.errors import Interrupted
     from rl_llm.launch.training import run_training
     from rl_llm.runs.directory import run_directory
 
-    with run_directory(output, f"{Path(source).stem}-") as path:
-        try:
-            run = run_training(config, path, resume=resume)
-        except Interrupted as stopped:
-            command = shlex.join(["rl-llm", "train", source, *(overrides or []), "--output", str(path), "--resume"])
-            print(f"{stopped} in {path}; go on with: {command}")
-            raise typer.Exit(130) from None
+    with run_directory(output, f"{Path(source).stem}-") as path, _to_go_on(["train", source, *(overrides or [])], path):
+        run = run_training(config, path, resume=resume)
     terminal().print(run.table())
     print(f"run {run.path}  model {run.model}  report {run.path / 'report.html'}")
 
@@ -105,20 +99,17 @@ def search(
     config = load_search(source, overrides or [])
     if resume and output is None:
         raise UserError("--resume needs --output, the directory of the search to go on with")
-    from rl_llm.errors import Interrupted
     from rl_llm.runs.directory import run_directory
     from rl_llm.search.launching import dry_search, run_search
 
     if dry_run:
         print("\n".join(dry_search(config, output, resume)))
         return
-    with run_directory(output, f"{Path(source).stem}-") as path:
-        try:
-            found = run_search(config, path, resume=resume)
-        except Interrupted as stopped:
-            command = shlex.join(["rl-llm", "search", source, *(overrides or []), "--output", str(path), "--resume"])
-            print(f"{stopped} in {path}; go on with: {command}")
-            raise typer.Exit(130) from None
+    with (
+        run_directory(output, f"{Path(source).stem}-") as path,
+        _to_go_on(["search", source, *(overrides or [])], path),
+    ):
+        found = run_search(config, path, resume=resume)
     terminal().print(found.table())
     print(f"{found.headline}\n{found.cost}\nsearch {found.path}  report {found.path / 'report.html'}")
 
@@ -306,6 +297,17 @@ def _writing(path: Path | None) -> Iterator[IO[str]]:
         raise UserError(f"--output {path}: {error.strerror}; name another file") from None
     with room_for(path, then="do it again"), file:
         yield file
+
+
+@contextmanager
+def _to_go_on(command: list[str], path: Path) -> Iterator[None]:
+    """Where it is asked to stop, says with which command it goes on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        resumed = shlex.join(["rl-llm", *command, "--output", str(path), "--resume"])
+        print(f"{stopped} in {path}; go on with: {resumed}")
+        raise typer.Exit(130) from None
 
 
 def _weights(text: str) -> dict[str, float]:

@@ -165,12 +165,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
         look_in(path.parent, *raw.get(IMPORTS) or [])
     # A section whose keys are all commented out has its defaults; a run's own config.yaml also has notes.
     notes = (VERSIONS, IMPORTS, PROBE)
-    sections = RunConfig.model_fields
-    return {
-        name: {} if section is None and name in sections else section
-        for name, section in raw.items()
-        if name not in notes
-    }
+    return {name: {} if section is None else section for name, section in raw.items() if name not in notes}
 
 
 def _find(source: str | Path) -> tuple[Path, str]:

@@ -24,6 +24,10 @@ class GateConfig(Section):
         return self
 
 
+OF_THE_MIXTURE = ("clip", "scale", "gate")
+"""What of a component changes its advantage, and not what is measured."""
+
+
 class ComponentConfig(Section):
     use: str = Field(description="a registered component or package.module:function")
     args: dict[str, Any] = {}

@@ -1,7 +1,8 @@
 """What a run does around its loop, whoever turns that: its base before it, and what is left of it after it."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -92,13 +93,15 @@ def end_record(trainer: Trainer, summary: dict[str, Any], note: Note) -> Excepti
     }
     write_summary(trainer.path, summary)
     problem = trainer.callbacks.end(trainer, summary)
-    write_report(trainer.path, note)
+    with reporting(trainer.path, note):
+        Run(trainer.path).report()
     return problem
 
 
-def write_report(path: Path, note: Note) -> None:
-    """A run is what it is without its report too."""
+@contextmanager
+def reporting(path: Path, note: Note, what: str = "report.html") -> Iterator[None]:
+    """A run, or a search, is what it is without its report too: what fails within is noted."""
     try:
-        Run(path).report()
+        yield
     except Exception as error:
-        note(f"no report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")
+        note(f"no {what}: {type(error).__name__}: {error}; make it with: rl-llm report {path}")

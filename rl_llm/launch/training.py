@@ -11,7 +11,7 @@ from rl_llm.files import room_for
 from rl_llm.launch.alone import one_at_a_time
 from rl_llm.launch.controls import constant_reward
 from rl_llm.launch.preflight import Plan, describe, make_plan
-from rl_llm.launch.record import begin_record, end_record, ended_by_itself, measure_best, prepare_base, write_report
+from rl_llm.launch.record import begin_record, end_record, ended_by_itself, measure_best, prepare_base, reporting
 from rl_llm.launch.resume import complete, open_directory, refuse_foreign
 from rl_llm.launch.signals import stop_between_steps, terminable
 from rl_llm.process import absolute, own_modes
@@ -108,7 +108,8 @@ def _run(plan: Plan, path: Path, checkpoint: Path | None, followers: Callbacks) 
         measured = control.summary["after"]
         summary["controls"]["constant_reward"] = {name: measured[name] for name in summary["after"]}
         write_summary(path, summary)
-        write_report(path, followers.message)
+        with reporting(path, followers.message):
+            Run(path).report()
     return Run(path)
 
 

@@ -8,7 +8,7 @@ import rich.table
 from rich.text import Text
 
 from rl_llm.runs.results import html_of, interval_text
-from rl_llm.runs.text import printable
+from rl_llm.runs.text import aligned, printable
 
 FORECAST = "forecast.json"
 UTILITY, OUT_OF_REACH = "utility", "short of the KL"
@@ -120,12 +120,7 @@ class ForecastText:
     def __str__(self) -> str:
         titles = ["weighting", *self.metrics, "note"]
         cells = [[name, *self._cells(metrics), note] for name, metrics, note in self.rows()]
-        widths = [max(len(row[index]) for row in [titles, *cells]) for index in range(len(titles))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [titles, *cells]
-        ]
-        return printable("\n".join([*lines, "", *self.sentences()]))
+        return printable("\n".join([*aligned([titles, *cells]), "", *self.sentences()]))
 
     def _cells(self, metrics: Mapping[str, Any]) -> list[str]:
         return [interval_text(metrics.get(name)) for name in self.metrics]

@@ -1,4 +1,4 @@
-"""JSON lines: written strictly, flushed line by line, read whole after a kill."""
+"""JSON lines: written strictly, flushed line by line, read whole after a kill; and files of one object."""
 
 import json
 import os
@@ -35,6 +35,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: not valid JSON; repair or remove this line") from None
     return rows
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, or it is broken."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class JsonlWriter:

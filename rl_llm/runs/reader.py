@@ -1,6 +1,5 @@
 """What a run left in its directory, as data: finished, running or killed."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from rl_llm.config import RunConfig, build_config, read_config
 from rl_llm.errors import UserError, option
-from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.jsonl import read_json, read_jsonl
 from rl_llm.runs.writer import evaluation_tables, rollout_tables
 
 
@@ -75,11 +74,7 @@ class RunFiles:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """summary.json; empty while the run is going on or after it was killed, and where the file is broken."""
-        try:
-            summary = json.loads((self.path / "summary.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return summary if isinstance(summary, dict) else {}
+        return read_json(self.path / "summary.json") or {}
 
     @property
     def model(self) -> Path:

@@ -8,6 +8,7 @@ from rich.console import Console, RichCast
 from rich.text import Text
 
 from rl_llm.runs.reader import RunFiles
+from rl_llm.runs.text import aligned
 
 Interval = dict[str, float | None]  # mean, low, high: a metric with its 95 % bounds
 
@@ -60,9 +61,7 @@ class ResultTable:
 
     def __str__(self) -> str:
         rows = [["", *self.cells()[0]], *(["*" if self.apart(row[0]) else "", *row] for row in self.cells()[1:])]
-        widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "mean [95 % interval] on the test split; *: before and after do not overlap"])
+        return "\n".join([*aligned(rows), "mean [95 % interval] on the test split; *: before and after do not overlap"])
 
     def _repr_html_(self) -> str:
         return html_of(self, width=40 + 30 * len(self.columns))

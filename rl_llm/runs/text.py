@@ -3,9 +3,16 @@
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, their columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def prompt_text(prompt: str) -> str:

@@ -83,8 +83,13 @@ def _resampled(values: np.ndarray, prompts: np.ndarray, generator: np.random.Gen
     return by_seed[drawn, np.arange(len(prompts))[:, None]].mean(axis=1)
 
 
+def column(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    """float64 [P], NaN for None."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
 def mean_of(values: Sequence[float | None] | np.ndarray) -> float | None:
     """Mean over the values there are, None where there is none."""
-    column = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-    there = column[~np.isnan(column)]
+    numbers = column(values)
+    there = numbers[~np.isnan(numbers)]
     return float(there.mean()) if len(there) else None

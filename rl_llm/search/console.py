@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich.console
 from rich.live import Live
 from rich.table import Table
@@ -13,12 +12,11 @@ from rich.text import Text
 from rl_llm.runs.console import terminal
 from rl_llm.runs.results import interval_text
 from rl_llm.runs.text import printable, short
-from rl_llm.search.compare import as_interval, over_seeds
+from rl_llm.search.compare import as_interval, column, over_seeds
 from rl_llm.search.course import OVER, Course, Entry, Report
 from rl_llm.search.following import Follower
-from rl_llm.search.plan import TOKENS
-from rl_llm.search.searchers import UTILITY
 from rl_llm.search.wording import decision_lines, point_text
+from rl_llm.trainer.evaluation import TOKENS, UTILITY
 
 STYLES = {"done": "green", "failed": "red", "stopped": "dim", "waiting": "dim"}
 
@@ -137,5 +135,4 @@ def report_line(entry: Entry, line: dict[str, Any]) -> str:
 
 
 def utility_text(report: Report) -> str:
-    values = np.array([np.nan if value is None else value for value in report.utility], dtype=np.float64)
-    return interval_text(as_interval(over_seeds(values)))
+    return interval_text(as_interval(over_seeds(column(report.utility))))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rl_llm.search.compare import mean_of, paired
+from rl_llm.search.compare import column, mean_of, paired
 from rl_llm.search.ledger import Ledger
 from rl_llm.search.schedulers import Level, Scheduler, Standing
 from rl_llm.search.searchers import Outcome, Searcher
@@ -106,7 +106,7 @@ class Entry:
     def utility(self) -> np.ndarray:
         """[P] of its best evaluation, NaN where there is none."""
         best = self.best
-        return _column([] if best is None else best.utility)
+        return column([] if best is None else best.utility)
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ class Course:
         last, best = reports[-1], _best(reports)
         return Standing(
             entry.name,
-            _column([] if best is None else best.utility),
-            _column(last.utility),
+            column([] if best is None else best.utility),
+            column(last.utility),
             price=last.tokens / max(last.step, 1),
             spent=last.tokens,
             step=last.step,
@@ -383,8 +383,8 @@ class Course:
         if span is None or not self.ranked or len(reports) <= span:
             return False
         then, now = reports[-1 - span], reports[-1]
-        fallen = paired(_column(now.utility), _column(then.utility))[2] < 0
-        return fallen and _risen(_column(then.reward), _column(now.reward))
+        fallen = paired(column(now.utility), column(then.utility))[2] < 0
+        return fallen and _risen(column(then.reward), column(now.reward))
 
 
 def _best(reports: Sequence[Report]) -> Report | None:
@@ -392,10 +392,6 @@ def _best(reports: Sequence[Report]) -> Report | None:
     if not ranked:
         return reports[-1] if reports else None
     return max(ranked, key=lambda report: report.mean or 0.0)
-
-
-def _column(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _risen(then: np.ndarray, now: np.ndarray) -> bool:

@@ -8,8 +8,8 @@ from rl_llm.config import RunConfig, read_config
 from rl_llm.errors import UserError, option
 from rl_llm.files import room_for, write_text
 from rl_llm.launch.alone import one_at_a_time
-from rl_llm.launch.inference import Note
 from rl_llm.launch.preflight import make_plan, refuse_unwritable
+from rl_llm.launch.record import Note, reporting
 from rl_llm.process import absolute, own_modes
 from rl_llm.runs.forecasts import FORECAST
 from rl_llm.runs.report.html import write_forecast
@@ -86,13 +86,7 @@ def run_forecast(
         write_text(path / FORECAST, to_json(found.to_dict()) + "\n")
         write_forecast(path)
         if (path / "config.yaml").is_file():
-            _report(path, note)
+            # Now with the forecast; a run that is just writing its files is not to be in the way.
+            with reporting(path, note, "new report.html"):
+                Run(path).report()
     return found
-
-
-def _report(path: Path, note: Note) -> None:
-    """The run's report again, now with the forecast; a run that is just writing its files is not to be in the way."""
-    try:
-        Run(path).report()
-    except Exception as error:
-        note(f"no new report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")

@@ -22,10 +22,9 @@ from rl_llm.runs.results import Interval
 from rl_llm.search.compare import as_interval, over_seeds
 from rl_llm.search.course import Entry
 from rl_llm.search.reader import SearchFiles, prompt_values
-from rl_llm.search.searchers import UTILITY
 from rl_llm.search.space import Point
 from rl_llm.search.wording import policy_of
-from rl_llm.trainer.evaluation import Utility
+from rl_llm.trainer.evaluation import UTILITY, base_statistics
 
 DRAWS = 500  # resamples of a hypervolume; each is a computation of its own
 
@@ -151,7 +150,7 @@ class Scale:
 
     def __init__(self, base: Mapping[str, np.ndarray], metrics: Mapping[str, int]) -> None:
         self.names, self.base = list(metrics), np.stack([base[name] for name in metrics])
-        self.origin, spread = np.array(base_statistics({name: base[name] for name in metrics})).T
+        self.origin, spread = np.array(list(base_statistics({name: base[name] for name in metrics}).values())).T
         self.turn = np.array(list(metrics.values())) / spread
 
     def means(self, found: Sequence[Candidate]) -> np.ndarray:
@@ -222,13 +221,6 @@ def pareto(front: Front) -> dict[str, Any]:
             for one in front.points
         ],
     }
-
-
-def base_statistics(base: Mapping[str, np.ndarray]) -> list[tuple[float, float]]:
-    """Mean and spread of each metric, as the utility has them."""
-    measured = Utility({}, {})
-    measured.measure_base(dict(base))
-    return list(measured.base.values())
 
 
 def _mean(values: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from rl_llm.files import room_for, write_text
 from rl_llm.imports import places
 from rl_llm.launch.alone import one_at_a_time
 from rl_llm.launch.preflight import Plan, describe, make_plan, refuse_unwritable
-from rl_llm.launch.record import Note, prepare_base
+from rl_llm.launch.record import Note, prepare_base, reporting
 from rl_llm.launch.signals import stop_between_steps, terminable
 from rl_llm.process import absolute, own_modes
 from rl_llm.runs import checkpoint
@@ -207,14 +207,12 @@ def _run(search: SearchConfig, space: Space, plan: Plan, path: Path, followers: 
 
 
 def _report(path: Path, base: str | None, followers: Followers) -> None:
-    """A search is what it is without its report too. With a `base`, models of the front are exported before."""
-    try:
+    """The report; with a `base`, models of the front are exported before."""
+    with reporting(path, followers.message):
         found = Search(path)
         if base is not None:
             found.export(base, followers.message)
         found.report()
-    except Exception as error:
-        followers.message(f"no report.html: {type(error).__name__}: {error}; make it with: rl-llm report {path}")
 
 
 def _go(search: SearchConfig, plan: Plan, base: str, path: Path, course: Course, followers: Followers) -> None:

@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from rl_llm.errors import UserError
-from rl_llm.files import sync, write_text
+from rl_llm.files import write_text
 from rl_llm.launch.inference import config_for, measure
 from rl_llm.rng import Purpose, stream
 from rl_llm.runs.jsonl import read_jsonl
 from rl_llm.runs.results import Interval, interval_text
 from rl_llm.runs.text import printable, prompt_text
-from rl_llm.search.compare import as_interval, over_seeds
+from rl_llm.search.compare import as_interval, column, over_seeds
 from rl_llm.search.front import Candidate
-from rl_llm.search.preference import Preference, fit, standardised
+from rl_llm.search.ledger import Ledger
+from rl_llm.search.preference import Preference, fit
 from rl_llm.search.search import Search
 from rl_llm.search.wording import point_text
-from rl_llm.trainer.evaluation import CLIP, Utility
+from rl_llm.trainer.evaluation import Utility, base_statistics, in_spreads
 from rl_llm.values import to_json
 
 ANSWERS, PICKS = "answers", "picks.jsonl"
@@ -75,7 +76,8 @@ class Picker:
             split: {one.name: _answers(search, one, split, note) for one in self.models} for split in ("tune", "test")
         }
         known = {one.name for one in self.models}
-        self.picks = [pick for pick in read_jsonl(search.path / PICKS) if {pick["a"], pick["b"]} <= known]
+        self._ledger = Ledger(search.path / PICKS)
+        self.picks = [pick for pick in self._ledger.lines if {pick["a"], pick["b"]} <= known]
 
     def pairs(self, count: int) -> Iterator[Pair]:
         """Those of the first `count` pairs that have not been chosen from; the same ones in the same order each time.
@@ -99,11 +101,7 @@ class Picker:
         """Take a choice, "a", "b" or "=": it is on disk when this returns."""
         line = {"pair": pair.number, "split": pair.split, "prompt": pair.prompt}
         line |= {"a": pair.a, "b": pair.b, "choice": choice}
-        self.picks.append(line)
-        path = self.search.path / PICKS
-        with path.open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
-        sync(path)
+        self.picks.append(self._ledger.write(line))
 
     def preference(self) -> Preference:
         """The utility that the choices on tune prompts say, and whether it foresees those on test prompts."""
@@ -119,10 +117,8 @@ class Picker:
 
     def _base(self) -> dict[str, tuple[float, float]]:
         """Mean and spread of each metric that a utility can weigh."""
-        measured = Utility({}, {})
         known = self.search.run_config.measured
-        measured.measure_base({name: values for name, values in self.search.base_values.items() if name in known})
-        return measured.base
+        return base_statistics({name: values for name, values in self.search.base_values.items() if name in known})
 
     def _differences(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """[N, M] first less second answer, and the choices [N]."""
@@ -131,9 +127,8 @@ class Picker:
         sides = []
         for side in ("a", "b"):
             shown = [self.answers[split][pick[side]][pick["prompt"]].metrics for pick in picks]
-            columns = {name: [np.nan if m.get(name) is None else m[name] for m in shown] for name in base}
-            values = {name: np.array(column, dtype=np.float64) for name, column in columns.items()}
-            sides.append(standardised(values, base, CLIP))
+            values = {name: column([metrics.get(name) for metrics in shown]) for name in base}
+            sides.append({name: in_spreads(values[name], *base[name]) for name in base})
         # A metric without a value on one side says nothing of the two.
         differences = [np.nan_to_num(sides[0][name] - sides[1][name]) for name in base]
         choices = np.array([CHOICES[pick["choice"]] for pick in picks], dtype=np.float64)

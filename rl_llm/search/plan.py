@@ -9,11 +9,11 @@ from rl_llm.search.config import SearchConfig, run_settings
 from rl_llm.search.course import Course, Entry, Plan
 from rl_llm.search.ledger import Ledger
 from rl_llm.search.schedulers import make_scheduler, rungs
-from rl_llm.search.searchers import STARTUP, UTILITY, make_searcher
+from rl_llm.search.searchers import STARTUP, make_searcher
 from rl_llm.search.space import Point, Space
+from rl_llm.trainer.evaluation import TOKENS, UTILITY
 
 SINGLE = "single-"
-TOKENS = "tokens"
 # Denominator of the shares that soups have of single-reward models, by how many of these there are.
 _DENOMINATORS = {2: 4, 3: 3}
 

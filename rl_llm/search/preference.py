@@ -1,6 +1,6 @@
 """A utility from choices between two answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,13 +106,6 @@ def wilson(right: float, count: int) -> Interval:
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return as_interval((share, float(centre - half), float(centre + half)))
-
-
-def standardised(
-    values: Mapping[str, np.ndarray], base: Mapping[str, tuple[float, float]], clip: float
-) -> dict[str, np.ndarray]:
-    """Metrics as a utility sees them, in spreads of the base policy."""
-    return {name: np.clip((values[name] - mean) / spread, -clip, clip) for name, (mean, spread) in base.items()}
 
 
 def _scaled(weights: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """What a search left in its directory, as data: finished, running or killed."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rl_llm.config import RunConfig, read_config
+from rl_llm.config import RunConfig
 from rl_llm.errors import UserError, option
 from rl_llm.runs.forecasts import FORECAST
-from rl_llm.runs.jsonl import read_jsonl
+from rl_llm.runs.jsonl import read_json, read_jsonl
 from rl_llm.runs.reader import RunFiles
-from rl_llm.search.config import SearchConfig, build_search, run_of
+from rl_llm.search.config import SearchConfig, load_search, run_of
 from rl_llm.search.course import Course, Plan
 from rl_llm.search.ledger import DECISIONS, Ledger
 from rl_llm.search.plan import utility_of
@@ -47,10 +46,8 @@ class SearchFiles:
 
     @cached_property
     def config(self) -> SearchConfig:
-        """The resolved search, without the library versions that its file also notes."""
-        where = self.path / SEARCH
-        kept = {key: value for key, value in read_config(where).items() if key in SearchConfig.model_fields}
-        return build_search(kept, where=str(where))
+        """The resolved search."""
+        return load_search(self.path / SEARCH)
 
     @cached_property
     def run_config(self) -> RunConfig:
@@ -87,12 +84,12 @@ class SearchFiles:
     @cached_property
     def forecast(self) -> dict[str, Any] | None:
         """forecast.json; None where no forecast was made."""
-        return _read_json(self.path / FORECAST)
+        return read_json(self.path / FORECAST)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """summary.json; empty while the search is going on or after it was killed."""
-        return _read_json(self.path / "summary.json") or {}
+        return read_json(self.path / "summary.json") or {}
 
     @property
     def status(self) -> str:
@@ -148,11 +145,3 @@ def prompt_values(table: pa.Table) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         if name != "prompt_id"
     }
     return table["prompt_id"].to_numpy(), columns
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

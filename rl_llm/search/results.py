@@ -12,12 +12,12 @@ from rich.text import Text
 
 from rl_llm.errors import UserError
 from rl_llm.runs.results import Interval, html_of, interval_text
-from rl_llm.runs.text import short
+from rl_llm.runs.text import aligned, short
 from rl_llm.search.compare import as_interval, holm, mean_of, over_seeds, p_value, paired
 from rl_llm.search.course import OVER, Entry
 from rl_llm.search.reader import SearchFiles, prompt_values
-from rl_llm.search.searchers import UTILITY
 from rl_llm.search.wording import EQUAL, RECIPE, knobs, point_text, policy_of, title_of
+from rl_llm.trainer.evaluation import UTILITY
 
 ALPHA = 0.05
 
@@ -119,10 +119,7 @@ class SearchTable:
         return table
 
     def __str__(self) -> str:
-        rows = self.cells()
-        widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self.caption])
+        return "\n".join([*aligned(self.cells()), self.caption])
 
     def _repr_html_(self) -> str:
         return html_of(self, width=60 + 30 * len(self.metrics))

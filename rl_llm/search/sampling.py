@@ -26,7 +26,7 @@ from rl_llm.search.samples import Samples, check_prompts
 from rl_llm.table import REWARD, STATUS, component_columns
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import Collector, FirstIds, Rollouts
-from rl_llm.trainer.evaluation import TOKENS, Evaluator, Utility
+from rl_llm.trainer.evaluation import TOKENS, Evaluator, base_statistics
 
 # Streams that no sample of a run reaches.
 FIRST = FirstIds(key(Purpose.FORECAST, 0), 0)
@@ -73,9 +73,8 @@ def sample_base(plan: Plan, count: int, note: Note) -> pa.Table:
         values = pa.array(component.values, mask=np.isnan(component.values))
         table = table.append_column(REWARD + name, values)
         table = table.append_column(STATUS + name, pa.array(component.status, pa.string()))
-    statistics = Utility({}, {})
-    statistics.measure_base({name: column for name, column in greedy.items() if name != TOKENS})
-    notes = {_ORIGIN: json.dumps(origin(plan, count)), _BASE: json.dumps(statistics.base)}
+    statistics = base_statistics({name: column for name, column in greedy.items() if name != TOKENS})
+    notes = {_ORIGIN: json.dumps(origin(plan, count)), _BASE: json.dumps(statistics)}
     return table.replace_schema_metadata(notes)
 
 

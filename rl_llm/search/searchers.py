@@ -9,8 +9,8 @@ from rl_llm.rng import Purpose, stream
 from rl_llm.search.config import SearchConfig
 from rl_llm.search.dimensions import Axis
 from rl_llm.search.space import Point, Space
+from rl_llm.trainer.evaluation import UTILITY
 
-UTILITY = "utility"
 STARTUP = 4
 """Trials that optuna draws at random before it learns from them: a bracket of a search."""
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from rl_llm.config import ComponentConfig, RunConfig, build_config, value_at
 from rl_llm.config.overrides import put as put_at
+from rl_llm.config.rewards import OF_THE_MIXTURE
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.launch.preflight import FUNCTION, check_algorithm
 from rl_llm.rewards import Component
@@ -43,8 +44,6 @@ SHARED = {
     "trainer": "steps are the budget and the seed gives all trials the same prompts and random numbers",
     "resources": "no result follows from it",
 }
-# What of a component changes its advantage and not what is measured.
-_OF_THE_MIXTURE = ("clip", "scale", "gate")
 # What a trainer takes anew when it restores a checkpoint.
 LIVE = (WEIGHTS, "learner.lr", "algorithm.kl.coef", CONTROLLER)
 
@@ -279,7 +278,7 @@ def _check_path(path: str, paths: list[str], base: RunConfig, measured: Mapping[
         _, _, name, *rest = path.split(".")
         if name not in base.rewards.components:
             raise UserError(f"{where}: no component {name!r}; {did_you_mean(name, base.rewards.components)}")
-        if (measured is None or name in measured) and (not rest or rest[0] not in _OF_THE_MIXTURE):
+        if (measured is None or name in measured) and (not rest or rest[0] not in OF_THE_MIXTURE):
             raise UserError(
                 f"{where}: trials are compared by {name!r}, and {_YARDSTICK}; put a copy with settings of its own "
                 "under evaluation.metrics and rank by that"

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rl_llm.config import RunConfig
+from rl_llm.config.rewards import OF_THE_MIXTURE
 from rl_llm.policies import SamplingParams
 from rl_llm.runs.reader import RunFiles
 from rl_llm.trainer.evaluation import Evaluation, Utility, with_utility
-
-# What of a component changes its advantage and not what is measured.
-_OF_THE_MIXTURE = {"clip", "scale", "gate"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def measures(config: RunConfig) -> dict[str, Any]:
     return {
         "task": config.task.model_dump(),
         "policy": config.policy.model_dump(),
-        "components": {name: spec.model_dump(exclude=_OF_THE_MIXTURE) for name, spec in config.measured.items()},
+        "components": {name: spec.model_dump(exclude=set(OF_THE_MIXTURE)) for name, spec in config.measured.items()},
         "engine": config.rollout.engine,
         # Floats follow these.
         "rows": config.rollout.request_rows,

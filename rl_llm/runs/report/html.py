@@ -1,7 +1,6 @@
 """report.html: one file that shows a run, works offline and can be sent to somebody."""
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from plotly.offline import get_plotlyjs
 from rl_llm.config import Ramp
 from rl_llm.files import write_text
 from rl_llm.runs.forecasts import FORECAST, ForecastText
+from rl_llm.runs.jsonl import read_json
 from rl_llm.runs.reader import RunFiles
 from rl_llm.runs.report.charts import Chart, mixture_charts, reward_charts, training_charts
 from rl_llm.runs.report.forecast import forecast_charts
@@ -169,9 +169,8 @@ def chart_section(title: str, charts: list[Chart], figures: list[dict[str, Any]]
 
 def forecast(path: Path, figures: list[dict[str, Any]]) -> str:
     """What was forecast for the directory's mixture, before any training; nothing where nobody has asked."""
-    try:
-        data = json.loads((path / FORECAST).read_bytes())
-    except (FileNotFoundError, ValueError):
+    data = read_json(path / FORECAST)
+    if data is None:
         return ""
     told = ForecastText(data)
     said = "".join(f"<li>{text(sentence)}</li>" for sentence in told.sentences())

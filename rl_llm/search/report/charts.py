@@ -15,9 +15,9 @@ from rl_llm.search.compare import over_seeds
 from rl_llm.search.course import Entry
 from rl_llm.search.front import Candidate, directions, in_conflict, non_dominated, objectives, pairs
 from rl_llm.search.reader import SearchFiles
-from rl_llm.search.searchers import UTILITY
 from rl_llm.search.space import WEIGHTS, Point
 from rl_llm.search.wording import EQUAL, knobs, point_text, policy_of, title_of
+from rl_llm.trainer.evaluation import UTILITY
 
 INK = "#1c2430"
 FAR_APART = 50.0  # a knob whose largest value is so many times its smallest is drawn on a logarithmic axis
