@@ -121,11 +121,13 @@ def test_the_picture_shows_forecast_and_front(page: str, finished_search: Path) 
     assert [line.get("class") for line in root.iter(f"{SVG}polyline")] == ["forecast", "front"]
     words = [text.text for text in root.iter(f"{SVG}text")]
     assert {"equal weights", "best finalist", "base policy", "chrf", "length", "forecast"} <= set(words)
+    stars = [mark for mark in root.iter(f"{SVG}polygon") if mark.get("class") == "finalist"]
+    assert len(stars) == 1 + len(Search(finished_search).course.of("finalist"))  # and the legend's
     assert "prefers-color-scheme: dark" in (finished_search / "front.svg").read_text()
 
 
 def test_the_picture_escapes_and_stays_within_its_frame() -> None:
-    places = [Place("base", 0.0, 0.0, "<base>"), Place("trial", 1.0, 2.0), Place("best", 1.0, 2.0, "a & b")]
+    places = [Place("base", 0.0, 0.0, "<base>"), Place("trial", 1.0, 2.0), Place("finalist", 1.0, 2.0, "a & b")]
     root = ET.fromstring(picture("<x>", "y", places, [(1.0, 2.0)], []))
     assert "<base>" in [text.text for text in root.iter(f"{SVG}text")]
     for circle in root.iter(f"{SVG}circle"):

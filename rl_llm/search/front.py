@@ -72,10 +72,10 @@ class Front:
 
 
 def candidates(files: SearchFiles) -> list[Candidate]:
-    """Trials, controls and soups that have been evaluated, as far as the search has come."""
+    """Trials, controls, soups and finalists that have been evaluated, as far as the search has come."""
     found = []
     for entry in files.course.entries.values():
-        if entry.role != "finalist" and entry.best is not None and files.folder(entry.name).is_dir():
+        if entry.best is not None and files.folder(entry.name).is_dir():
             step = evaluated_at(files, entry)
             try:
                 label = "soup" if entry.role == "soup" else "validation"

@@ -31,9 +31,9 @@ def front_data(files: SearchFiles, found: Sequence[Candidate], base: Mapping[str
     chosen = default_axes(files, found, base)
     if chosen is None:
         return None
-    names, finalists = list(axes), set(files.course.finalists or [])
+    names = list(axes)
     fronts = pairs(found, base, axes)
-    first = {one.policy: one.name for one in reversed(found)}  # one of its seeds has the name
+    first = {(one.role, one.policy): one.name for one in reversed(found)}  # one of its seeds has the name
     number = {one.name: index for index, one in enumerate(found)}
     return {
         "axes": [{"name": printable(name), "label": label(name)} for name in names],
@@ -41,8 +41,8 @@ def front_data(files: SearchFiles, found: Sequence[Candidate], base: Mapping[str
         "y": names.index(chosen[1]),
         "points": [
             {
-                "kind": "finalist" if one.name in finalists else one.role,
-                "label": label(title_of(one.policy)) if first[one.policy] == one.name else "",
+                "kind": one.role,
+                "label": label(title_of(one.policy)) if first[one.role, one.policy] == one.name else "",
                 "text": _hover(one),
                 "at": [_bounds(one.values.get(name)) for name in names],
             }

@@ -14,7 +14,7 @@ DRAW_FRONT = """
 const front = JSON.parse(document.getElementById("front").textContent);
 const KINDS = {
   trial: {name: "trials", color: "#6f9fd0", symbol: "circle", size: 8},
-  finalist: {name: "trials that became finalists", color: "#0b62a4", symbol: "star", size: 14},
+  finalist: {name: "finalists, on fresh seeds", color: "#0b62a4", symbol: "star", size: 14},
   control: {name: "controls", color: "#d1600a", symbol: "diamond", size: 11},
   soup: {name: "soups of single rewards", color: "#2a8a57", symbol: "square", size: 9},
 };

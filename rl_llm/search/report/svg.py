@@ -12,7 +12,7 @@ from rl_llm.search.front import Candidate, directions, make_front, non_dominated
 from rl_llm.search.reader import SearchFiles
 from rl_llm.search.report.charts import default_axes, forecast_points
 from rl_llm.search.results import ranked_finalists
-from rl_llm.search.wording import EQUAL, RECIPE, title_of
+from rl_llm.search.wording import title_of
 
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 44, 52
@@ -24,10 +24,10 @@ STYLE = """
   stroke-linecap: round; }
 .front { stroke: #2b7fc4; stroke-width: 1.8; fill: none; stroke-dasharray: 5 4; }
 .trial { fill: #2b7fc4; fill-opacity: .75; } .soup { fill: #2f9e63; } .control { fill: #d8701c; }
-.best { fill: #2b7fc4; } .base { stroke: #7a8594; stroke-width: 2.5; }
+.finalist { fill: #2b7fc4; } .base { stroke: #7a8594; stroke-width: 2.5; }
 text { font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 .small { font-size: 12px; } .strong { font-weight: 600; }
-@media (prefers-color-scheme: dark) { .ink { fill: #b6c0cd; } .trial, .best { fill: #62a8e5; }
+@media (prefers-color-scheme: dark) { .ink { fill: #b6c0cd; } .trial, .finalist { fill: #62a8e5; }
   .front { stroke: #62a8e5; } }
 """
 
@@ -43,7 +43,7 @@ class Place:
 
 
 def front_picture(files: SearchFiles, found: Sequence[Candidate], base: Mapping[str, np.ndarray]) -> str | None:
-    """The two metrics that are in conflict, over trials, controls and soups on the tune split; None without two."""
+    """The two metrics that are in conflict, over all policies of the search on the tune split; None without two."""
     axes = default_axes(files, found, base)
     if axes is None:
         return None
@@ -54,15 +54,11 @@ def front_picture(files: SearchFiles, found: Sequence[Candidate], base: Mapping[
     best = ranked[0][0].source if ranked else None
     places, named = [], set()
     for one in [*front.points, *front.behind]:
-        kind, label = one.role, ""
-        if one.name == best:
-            kind, label = "best", "best finalist"
-        elif one.policy in (EQUAL, RECIPE) and one.policy in named:
-            continue  # one of its seeds stands for it
-        elif one.role == "control":
-            label = title_of(one.policy)
-            named.add(one.policy)
-        places.append(Place(kind, one.mean(x), one.mean(y), label))
+        label = ""
+        if one.role in ("control", "finalist") and (one.role, one.policy) not in named:  # one of its seeds has the name
+            named.add((one.role, one.policy))
+            label = title_of(one.policy) if one.role == "control" else "best finalist" if one.policy == best else ""
+        places.append(Place(one.role, one.mean(x), one.mean(y), label))
     places.append(Place("base", float(np.nanmean(base[x])), float(np.nanmean(base[y])), "base policy"))
     trained = sorted((one.mean(x), one.mean(y)) for one in front.points)
     points = forecast_points(files.forecast or {}, x, y)
@@ -169,10 +165,10 @@ def _mark(kind: str, x: float, y: float) -> str:
         return f'<path class="control" d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"/>'
     if kind == "soup":
         return f'<rect class="soup" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
-    if kind == "best":
+    if kind == "finalist":
         star = [(9.5 if k % 2 == 0 else 4, math.pi * (k / 5 - 0.5)) for k in range(10)]
         corners = " ".join(f"{x + r * math.cos(a):.1f},{y + r * math.sin(a):.1f}" for r, a in star)
-        return f'<polygon class="best" points="{corners}"/>'
+        return f'<polygon class="finalist" points="{corners}"/>'
     return f'<circle class="trial" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
 
@@ -200,14 +196,15 @@ def _label(place: Place, x: float, y: float, taken: list[Box]) -> str:
     free = [box for box in inside if not any(box.meets(other) for other in taken)]
     box = (free or inside)[0]
     taken.append(box)
-    kind = "ink small strong" if place.kind == "best" else "ink small"
+    kind = "ink small strong" if place.kind == "finalist" else "ink small"
     return f'<text class="{kind}" x="{box.left:.1f}" y="{box.bottom - 3:.1f}">{_text(place.label)}</text>'
 
 
 def _legend(forecast: bool) -> str:
     x, parts = float(LEFT), []
     shown = [("grey", "forecast")] if forecast else []
-    for kind, name in [*shown, ("trial", "trials"), ("front", "front"), ("control", "controls"), ("soup", "soups")]:
+    roles = [("trial", "trials"), ("finalist", "finalists"), ("control", "controls"), ("soup", "soups")]
+    for kind, name in [*shown, ("front", "front"), *roles]:
         if kind == "grey":
             parts.append(f'<path class="forecast" d="M{x:.0f} 20h18"/>')
         elif kind == "front":
@@ -215,7 +212,7 @@ def _legend(forecast: bool) -> str:
         else:
             parts.append(_mark(kind, x + 9, 20))
         parts.append(f'<text class="ink small" x="{x + 27:.0f}" y="24">{name}</text>')
-        x += 48 + 7 * len(name)
+        x += 46 + 7 * len(name)
     return "".join(parts)
 
 
