@@ -37,7 +37,7 @@ from rl_llm.search.ledger import Ledger
 from rl_llm.search.plan import make_course, make_space
 
 FILE = Path(__file__).parents[1] / "tune_configs" / "quickstart.yaml"
-ALONE = ("trials=12", "finalists=0", "controls=false", "forecast=0", "overoptimized=null")
+ALONE = ("trials=12", "finalists=0", "controls=false", "forecast=0", "overoptimized=0")
 SLOTS = 2
 SCHEDULERS = ("halving", "asha")
 

@@ -154,7 +154,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         settings = problem.settings(folder)
         ours = result(run(search_of(settings), folder / "search"))
-        plain = {"scheduler": "none", "finalists": 0, "overoptimized": None, "forecast": 0}
+        plain = {"scheduler": "none", "finalists": 0, "overoptimized": 0, "forecast": 0}
         theirs = by_reward(run(search_of(settings, **plain), folder / "complete"))
         seen_through += ours["trap"] < limit
         fooled += theirs["trap"] >= limit

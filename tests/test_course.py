@@ -146,7 +146,7 @@ def test_a_trial_that_ends_by_itself_stands_with_its_best() -> None:
 
 
 def test_reward_up_and_utility_down_ends_a_trial() -> None:
-    def course_with(utility: list[float], reward: list[float], span: int | None = 3) -> Any:
+    def course_with(utility: list[float], reward: list[float], span: int = 3) -> Any:
         search = make_search(scheduler="none", controls=False, overoptimized=span)
         course = course_of(search)
         for step, (value, mean) in enumerate(zip(utility, reward, strict=True), start=1):
@@ -162,7 +162,7 @@ def test_reward_up_and_utility_down_ends_a_trial() -> None:
     assert course_with(falling, rising[::-1]).state == "going"  # both fell
     assert course_with(falling[::-1], rising).state == "going"  # both rose
     assert course_with(falling, [1.0] * 4).state == "going"  # within its noise
-    assert course_with(falling, rising, span=None).state == "going"
+    assert course_with(falling, rising, span=0).state == "going"
 
 
 def test_after_an_exploit_only_reports_of_the_new_point_count() -> None:

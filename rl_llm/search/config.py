@@ -35,8 +35,8 @@ class SearchConfig(Section):
     finalists: int = Field(3, ge=0, description="best trials that are run again on fresh seeds; these are the result")
     seeds: int = Field(3, ge=1, description="fresh seeds of each finalist, and of equal weights beside them")
     controls: bool = Field(True, description="run equal weights and each single reward beside the search")
-    overoptimized: int | None = Field(
-        3, ge=1, description="evaluations over which reward rises and utility falls, by interval, that end a trial"
+    overoptimized: int = Field(
+        3, ge=0, description="evaluations over which reward rises and utility falls that end a trial; 0: none do"
     )
     concurrent: int | None = Field(None, ge=1, description="trials at once; default: as many as there is room for")
     max_failures: int = Field(1, ge=0, description="times that a trial which has crashed or hung is tried again")

@@ -134,7 +134,7 @@ class Plan:
     soups: Callable[[Sequence[Entry]], list[Entry]]
     budget: int
     in_tokens: bool = False
-    overoptimized: int | None = None
+    overoptimized: int = 0
 
 
 class Course:
@@ -380,7 +380,7 @@ class Course:
     def _overoptimized(self, entry: Entry) -> bool:
         """Whether over the last evaluations the training reward has risen and the utility fallen, by intervals."""
         span, reports = self.plan.overoptimized, entry.own
-        if span is None or not self.ranked or len(reports) <= span:
+        if not span or not self.ranked or len(reports) <= span:
             return False
         then, now = reports[-1 - span], reports[-1]
         fallen = paired(column(now.utility), column(then.utility))[2] < 0
