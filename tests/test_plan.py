@@ -91,7 +91,7 @@ def test_a_grid_has_its_own_number_of_trials() -> None:
 def test_the_runs_own_settings_go_over_the_recipes() -> None:
     search = make_search(recipe="quickstart", run={"rewards": {"weights": {"facts": 5}}, "policy": {"model": None}})
     config = run_of(search)
-    assert config.rewards.weights == {"facts": 5, "sentence": 1, "brevity": 0.2}
+    assert config.rewards.weights == {"facts": 5, "sentence": 2, "brevity": 1}
     assert config.trainer.steps == 9
 
 
