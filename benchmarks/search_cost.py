@@ -1,13 +1,14 @@
 """What early stopping saves in a search, and what it costs: complete runs, and each scheduler replayed over them.
 
-    python benchmarks/search_cost.py [--seeds 5] [--output FOLDER] [key=value ...]
+    python benchmarks/search_cost.py [--file FILE] [--seeds 5] [--output FOLDER] [key=value ...]
 
 For each search seed all 12 trials of a search are trained to their end, once, and each one's best policy is measured
 on the test split. A paused trial that goes on is the run left alone, so a scheduler's search over the same trials is
 exactly its decisions over these runs' evaluations; no training is needed for that. The first seed's search by halving
 is then run for real too: each of its decisions has to be the replayed one, with the same numbers, and its seconds are
-set against those of the complete runs. The spread from seed to seed is that of equal weights, trained with three seeds.
-Further arguments are overrides of the search, tune_configs/quickstart.yaml without finalists.
+set against those of the complete runs. The spread from seed to seed is that of the first point, equal weights, over
+three seeds.
+Further arguments are overrides of the search in the file, by default tune_configs/quickstart.yaml, without finalists.
 
 What is there already is not made again: an interrupted benchmark goes on.
 """
@@ -42,17 +43,17 @@ SLOTS = 2
 SCHEDULERS = ("halving", "asha")
 
 
-def settings(seed: int, scheduler: str, overrides: list[str]) -> SearchConfig:
-    return load_search(FILE, [*ALONE, *overrides, f"seed={seed}", f"scheduler={scheduler}"])
+def settings(seed: int, scheduler: str, given: argparse.Namespace) -> SearchConfig:
+    return load_search(given.file, [*ALONE, *given.overrides, f"seed={seed}", f"scheduler={scheduler}"])
 
 
 def course_of(search: SearchConfig, ledger: Ledger) -> Course:
     return make_course(search, make_space(search), [], ledger)
 
 
-def complete(seed: int, folder: Path, overrides: list[str]) -> tuple[Course, float]:
+def complete(seed: int, given: argparse.Namespace) -> tuple[Course, float]:
     """A search whose trials all run to their end, and its seconds."""
-    search, path = settings(seed, "none", overrides), folder / f"complete-{seed}"
+    search, path = settings(seed, "none", given), given.output / f"complete-{seed}"
     seconds = timed(search, path)
     return course_of(search, Ledger(path / "decisions.jsonl")), seconds
 
@@ -93,12 +94,13 @@ def utilities(folder: Path, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def seed_spread(folder: Path, overrides: list[str]) -> float:
-    """Standard deviation of the test utility of equal weights over three training seeds."""
-    search = load_search(FILE, [*ALONE, *overrides, "scheduler=none", "trials=1", "finalists=1", "seeds=3"])
-    run_search(search, folder / "seeds", resume=True)
-    names = [entry.name for entry in course_of(search, Ledger(folder / "seeds" / "decisions.jsonl")).of("finalist")]
-    return statistics.stdev(utilities(folder / "seeds", names).values())
+def seed_spread(given: argparse.Namespace) -> float:
+    """Standard deviation of the test utility of the first point, which is equal weights, over three training seeds."""
+    once = ["scheduler=none", "trials=1", "finalists=1", "seeds=3"]
+    search, path = load_search(given.file, [*ALONE, *given.overrides, *once]), given.output / "seeds"
+    run_search(search, path, resume=True)
+    names = [entry.name for entry in course_of(search, Ledger(path / "decisions.jsonl")).of("finalist")]
+    return statistics.stdev(utilities(path, names).values())
 
 
 def replay(course: Course, runs: dict[str, list[Report]], slots: int = SLOTS) -> Course:
@@ -162,6 +164,7 @@ def print_row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/search_cost"))
     given = parser.parse_args()
@@ -173,7 +176,7 @@ def main() -> None:
     print("| seed | scheduler | tokens | of all | trials to the end | choice | test utility | regret, of the range |")
     print("|---" * 8 + "|")
     for seed in range(given.seeds):
-        whole, seconds = complete(seed, given.output, given.overrides)
+        whole, seconds = complete(seed, given)
         folder = given.output / f"complete-{seed}"
         test = utilities(folder, [entry.name for entry in whole.of("trial")])
         runs = {entry.name: entry.reports for entry in whole.of("trial")}
@@ -183,7 +186,7 @@ def main() -> None:
         row = partial(print_row, seed, tokens(whole), best, spread)
         row("none", tokens(whole), f"{len(runs)}", choice(whole), test[choice(whole)])
         for name in SCHEDULERS:
-            course = replay(course_of(settings(seed, name, given.overrides), Ledger()), runs)
+            course = replay(course_of(settings(seed, name, given), Ledger()), runs)
             ends = sum(entry.state == "done" for entry in course.of("trial"))
             regrets[name].append(row(name, tokens(course), str(ends), choice(course), test[choice(course)]))
             shares[name].append(tokens(course) / tokens(whole))
@@ -191,20 +194,20 @@ def main() -> None:
                 utility = without_stopping(whole, test, tokens(course))
                 random.append(row("none, as many tokens", tokens(course), "-", "-", utility))
                 if seed == 0:
-                    live(course, seconds, given.output, given.overrides)
+                    live(course, seconds, given)
     for name in SCHEDULERS:
         print(
             f"{name}: {statistics.mean(shares[name]):.1%} of the tokens of all trials to the end; regret "
             f"{statistics.mean(regrets[name]):.1%} of the range on the average, {max(regrets[name]):.1%} at most"
         )
     print(f"random search without stopping on the tokens of halving: regret {statistics.mean(random):.1%}")
-    noise = seed_spread(given.output, given.overrides)
-    print(f"spread of equal weights from seed to seed: {noise / statistics.mean(ranges):.1%} of the range")
+    noise = seed_spread(given)
+    print(f"spread of the first point from seed to seed: {noise / statistics.mean(ranges):.1%} of the range")
 
 
-def live(course: Course, complete_s: float, folder: Path, overrides: list[str]) -> None:
+def live(course: Course, complete_s: float, given: argparse.Namespace) -> None:
     """Run the search for real, and set it against its replay."""
-    search, path = settings(0, "halving", overrides), folder / "live-0"
+    search, path = settings(0, "halving", given), given.output / "live-0"
     seconds = timed(search, path)
     same = lines_of(course_of(search, Ledger(path / "decisions.jsonl"))) == lines_of(course)
     print(f"live halving: {'every decision and number as' if same else 'NOT'} replayed; ", end="")

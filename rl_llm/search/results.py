@@ -263,7 +263,7 @@ class Cost:
         ]
         return (
             f"trials took {short(tokens)} of the {short(all_tokens)} tokens ({self.share:.0%}) and {short(seconds)} of "
-            f"the {short(all_seconds)} s that running each to the end would have taken"
+            f"the {short(all_seconds)} s that running each to the end, at the pace it had, would have taken"
             + (f"; apart from these {', '.join(apart)}" if apart else "")
         )
 
