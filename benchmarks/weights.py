@@ -66,7 +66,7 @@ SETTINGS: tuple[tuple[Point, tuple[str, ...]], ...] = (
     ({"algorithm.name": "dr_grpo"}, ("hypervolume",)),
 )
 """Settings of runs, and the rules that are compared with equal weights under them."""
-NO_SEARCH = {"scheduler": "none", "finalists": 0, "controls": False, "forecast": 0, "overoptimized": None}
+NO_SEARCH = {"scheduler": "none", "finalists": 0, "controls": False, "forecast": 0, "overoptimized": 0}
 
 
 @dataclass(frozen=True)
