@@ -15,9 +15,8 @@ from rl_llm.search.config import SearchConfig, build_search, run_of
 from rl_llm.search.course import Entry, Report
 from rl_llm.search.forecast import forecast
 from rl_llm.search.ledger import DECISIONS, Ledger
-from rl_llm.search.plan import make_course, make_space, utility_of
+from rl_llm.search.plan import evaluation_every, make_course, make_space, utility_of
 from rl_llm.search.samples import Samples
-from rl_llm.search.schedulers import rungs
 from rl_llm.trainer.evaluation import Utility
 from rl_llm.values import to_json
 
@@ -85,9 +84,9 @@ class Pretender:
 
     def advance(self, entry: Entry) -> Report:
         """Train a trial up to its next evaluation."""
-        folder, every = self.path / "trials" / entry.name, rungs(self.config.scheduler, STEPS)[0]
+        folder, every = self.path / "trials" / entry.name, evaluation_every(self.config, self.run)
         done = entry.reports[-1].step if entry.reports else 0
-        step = STEPS if entry.role == "soup" else done + every
+        step = STEPS if entry.role == "soup" else min(done + every, STEPS)
         label = "soup" if entry.role == "soup" else "validation"
         values = self.evaluate(folder, entry.point, entry.seed or 0, step, label, "tune")
         if step == STEPS:

@@ -277,6 +277,15 @@ def test_without_a_utility_nobody_is_chosen() -> None:
     assert course.finalists == []
 
 
+def test_trials_whose_steps_are_over_before_their_tokens_stand_at_every_level() -> None:
+    """Of 9 steps at 100 to 150 tokens each, the first ninth is 1000 tokens, the first third is 3000."""
+    search = make_search(tokens=9000, controls=False, finalists=0)
+    course = drive(search, course_of(search))
+    states = [entry.state for entry in course.of("trial")]
+    assert set(states) == {"done", "stopped"}
+    assert all(entry.reports[-1].step == 9 for entry in course.of("trial") if entry.state == "done")
+
+
 def test_a_budget_in_tokens_ends_trials_by_what_they_generate() -> None:
     search = make_search(tokens=500, scheduler="none", controls=False, finalists=0)
     for entry in drive(search, course_of(search)).of("trial"):

@@ -46,7 +46,15 @@ def test_a_forecasts_point_is_put_into_the_space() -> None:
 
 
 def test_evaluations_fall_on_the_levels() -> None:
-    for settings, every in (({}, 1), ({"run": {"trainer": {"steps": 60}}}, 7), ({"tokens": 100}, 20)):
+    few = {"trainer": {"steps": 4}}
+    for settings, every in (
+        ({}, 1),
+        ({"run": {"trainer": {"steps": 60}}}, 7),
+        ({"run": few, "scheduler": "none"}, 1),
+        ({"tokens": 100}, 20),
+        ({"tokens": 100, "run": few}, 20),
+        ({"tokens": 100, "run": {"evaluation": {"every": 3}}, "scheduler": "asha"}, 3),
+    ):
         search = make_search(**settings)
         assert evaluation_every(search, run_of(search)) == every
 

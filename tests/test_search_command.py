@@ -33,6 +33,14 @@ def test_a_dry_run_shows_what_would_be_searched_and_makes_nothing(command: Comma
     assert sorted(Path().rglob("*")) == before
 
 
+def test_with_a_budget_in_tokens_the_run_says_when_it_is_evaluated_and_few_steps_will_do(command: Command) -> None:
+    file = written(tokens=500, run={"trainer": {"steps": 4}, "evaluation": {"every": 3}})
+    said = command("search", file, "--dry-run")
+    assert (said.code, said.err) == (0, "")
+    run = yaml.safe_load(said.out[: said.out.index("\ntask ")])["run"]
+    assert (run["trainer"]["steps"], run["evaluation"]["every"], run["checkpoint"]["every"]) == (4, 3, 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

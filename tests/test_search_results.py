@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
-from search_factory import STEPS, TEST, TOKENS_A_STEP, make_search, write_evaluation
+from search_factory import STEPS, TEST, TOKENS_A_STEP, make_search, search_config, write_evaluation
 
 import rl_llm
 from rl_llm.errors import UserError
@@ -116,6 +116,19 @@ def test_cost_is_told_against_running_every_trial_to_the_end(finished_search: Pa
     assert search.cost.controls[0] == (5 + 7) * STEPS * TOKENS_A_STEP  # seven soups beside
     share = sum(r.tokens for r in last) / (9 * STEPS * TOKENS_A_STEP)
     assert f"({share:.0%})" in str(search.cost)
+
+
+def test_the_whole_of_a_trial_ends_with_its_steps_or_its_tokens_whichever_come_first(tmp_path: Path) -> None:
+    """Evaluations come every 4 steps: the first past 10 000 tokens is after 12 of the 18 steps."""
+    run = search_config().run
+    run["evaluation"]["every"] = 4
+    for tokens, steps in ((10_000, 12), (60_000, STEPS)):
+        plain = {"run": run, "tokens": tokens, "scheduler": "none", "finalists": 0, "controls": False}
+        whole = Search(make_search(tmp_path / f"{tokens}", **plain))
+        assert {entry.reports[-1].step for entry in whole.course.of("trial")} == {steps}
+        assert whole.cost.whole[0] == 9 * steps * TOKENS_A_STEP
+        cut = Search(make_search(tmp_path / f"{tokens} cut", reports=2, **plain))
+        assert cut.cost.whole[0] == 9 * min(tokens, STEPS * TOKENS_A_STEP)
 
 
 def test_trials_are_a_table_with_a_row_a_trial(finished_search: Path) -> None:

@@ -163,6 +163,16 @@ def test_finalists_look_at_the_test_split_and_tokens_can_end_a_trial(here: Share
     assert run.summary["after"].keys() == run.summary["before"].keys()
 
 
+def test_a_trial_whose_steps_are_over_before_its_tokens_has_finished(here: Shared) -> None:
+    settings = json.loads(json.dumps(here.settings))
+    settings["trainer"]["steps"], settings["evaluation"]["every"] = 3, 2
+    slot = Slot(replace(here, settings=settings, tokens=10**6))
+    reports = [asked(slot, "few"), asked(slot)]
+    slot.close()
+    assert [(report.step, report.ended) for report in reports] == [(2, ""), (3, "finished")]
+    assert Run(here.path / TRIALS / "few").summary["status"] == "finished"
+
+
 def test_a_soup_lies_between_the_policies_it_is_made_of(slot: Slot, here: Shared) -> None:
     short = Slot(replace(here, tokens=1))
     parts = {"single-match": 0.25, "single-length": 0.75}

@@ -25,7 +25,7 @@ class SearchConfig(Section):
     scheduler: Literal["halving", "asha", "pbt", "none"] = "halving"
     trials: int = Field(12, ge=1)
     tokens: int | None = Field(
-        None, ge=1, description="generated tokens that end a trial, evaluations included; default: trainer.steps"
+        None, ge=1, description="generated tokens, evaluations included, that end a trial before its trainer.steps"
     )
     utility: dict[str, float] | None = Field(
         None, description="metric: weight; what ranks trials. Default: the run's evaluation.utility"

@@ -34,12 +34,11 @@ from rl_llm.search.following import Endings, Follower, Followers
 from rl_llm.search.forecast import forecast
 from rl_llm.search.forecasting import TABLE
 from rl_llm.search.ledger import DECISIONS, Ledger
-from rl_llm.search.plan import check_search, make_course, make_space, utility_of
+from rl_llm.search.plan import check_search, evaluation_every, make_course, make_space, utility_of
 from rl_llm.search.preparing import prepare
 from rl_llm.search.reader import BASE, SEARCH
 from rl_llm.search.samples import check_prompts
 from rl_llm.search.sampling import read_samples, samples_of
-from rl_llm.search.schedulers import rungs
 from rl_llm.search.search import Search
 from rl_llm.search.slot import STOP, Shared
 from rl_llm.search.space import WEIGHTS, Point, Space
@@ -104,7 +103,7 @@ def plan_search(search: SearchConfig, functions: Functions, task: Task | None = 
     space = make_space(search)
     check_search(search, space)
     settings = space.base.to_dict()
-    every, _ = rungs(search.scheduler, space.base.trainer.steps)
+    every = evaluation_every(search, space.base)
     settings["evaluation"] |= {"every": every, "utility": utility_of(search, space.base), "controls": []}
     # A trial that waits goes on from a checkpoint of its evaluation; others may begin at it somewhat later.
     settings["checkpoint"] = {"every": every, "keep": max(settings["checkpoint"]["keep"], 2)}

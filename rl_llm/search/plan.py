@@ -63,7 +63,8 @@ def check_search(search: SearchConfig, space: Space) -> None:
 def evaluation_every(search: SearchConfig, run: RunConfig) -> int:
     """Steps between the evaluations of every trial, of whatever role: its levels are among them.
 
-    A budget in tokens has its levels at the first evaluations at or past them, which come as the run's config says.
+    A budget in tokens has its levels at the first evaluations at or past them, which come as the run's config says:
+    how many steps a trial will have is not known before.
 
     Raises:
         UserError: too few steps.

@@ -277,9 +277,11 @@ def cost_of(files: SearchFiles) -> Cost:
     for entry in course.of("trial"):
         if entry.reports and entry.reports[-1].step:
             last = entry.reports[-1]
-            done = last.tokens if course.plan.in_tokens else last.step
+            # A budget of tokens and the steps are both an end; the nearer one is that of the whole.
+            shares = [last.step / files.run_config.trainer.steps]
+            shares += [last.tokens / course.plan.budget] if course.plan.in_tokens else []
             # Who ended by itself, or went on beyond a budget of tokens to its evaluation, is whole as it is.
-            factor = 1.0 if entry.state == "done" else max(course.plan.budget / max(done, 1), 1.0)
+            factor = 1.0 if entry.state == "done" else max(1 / max(shares), 1.0)
             wholes.append((last.tokens * factor, last.seconds * factor))
     count = len(course.of("trial"))
     mean = np.mean(wholes, axis=0) if wholes else np.zeros(2)

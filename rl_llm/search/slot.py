@@ -47,7 +47,7 @@ class Shared:
         plan: of these settings, its task tokenized.
         base: folder of the policy before training.
         ranked: whether there is a utility.
-        tokens: generated, that end a trial; None: its steps do.
+        tokens: generated, that end a trial before its steps do; None: only these do.
         silent_s: seconds without a finished step after which a trial hangs.
     """
 

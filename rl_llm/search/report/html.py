@@ -75,7 +75,8 @@ def header(files: SearchFiles, table: SearchTable) -> str:
     search, course = files.config, files.course
     states = [entry.state for entry in course.of("trial")]
     counted = {state: states.count(state) for state in ("done", "stopped", "failed", "going", "waiting")}
-    budget = f"{short(search.tokens)} tokens" if search.tokens else f"{files.run_config.trainer.steps} steps"
+    steps = f"{files.run_config.trainer.steps} steps"
+    budget = f"{short(search.tokens)} tokens or {steps}" if search.tokens else steps
     facts = {
         "trials": ", ".join(f"{count} {state}" for state, count in counted.items() if count) or "none yet",
         "budget of a trial": budget,
