@@ -41,6 +41,13 @@ def test_with_a_budget_in_tokens_the_run_says_when_it_is_evaluated_and_few_steps
     assert (run["trainer"]["steps"], run["evaluation"]["every"], run["checkpoint"]["every"]) == (4, 3, 3)
 
 
+def test_a_grid_says_how_many_trials_it_has(command: Command) -> None:
+    grid = {"learner.lr": {"grid": [1e-4, 1e-3]}, "learner.epochs": {"grid": [1, 2, 3]}}
+    said = command("search", written(searcher="grid", space=grid), "--dry-run")
+    assert "\ntrials     6, grid, halving; each asks for" in said.out
+    assert yaml.safe_load(said.out[: said.out.index("\ntask ")])["trials"] == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

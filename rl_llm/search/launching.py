@@ -34,7 +34,7 @@ from rl_llm.search.following import Endings, Follower, Followers
 from rl_llm.search.forecast import forecast
 from rl_llm.search.forecasting import TABLE
 from rl_llm.search.ledger import DECISIONS, Ledger
-from rl_llm.search.plan import check_search, evaluation_every, make_course, make_space, utility_of
+from rl_llm.search.plan import check_search, evaluation_every, make_course, make_space, trials_of, utility_of
 from rl_llm.search.preparing import prepare
 from rl_llm.search.reader import BASE, SEARCH
 from rl_llm.search.samples import check_prompts
@@ -120,15 +120,16 @@ def dry_search(search: SearchConfig, output: Path | None, resume: bool) -> list[
     else:
         refuse_held(absolute(output))
         find_search(search, space, plan, absolute(output), resume)
-    return [write_yaml(resolved(search, space, plan)), *describe_search(search, plan)]
+    return [write_yaml(resolved(search, space, plan)), *describe_search(search, space, plan)]
 
 
-def describe_search(search: SearchConfig, plan: Plan) -> list[str]:
+def describe_search(search: SearchConfig, space: Space, plan: Plan) -> list[str]:
     """The plan in lines."""
     bundles = slot_bundles(plan.config.resources)
     asks = " + ".join("{" + ", ".join(f"{name}: {amount:g}" for name, amount in b.items()) + "}" for b in bundles)
     lines = [line for line in describe(plan) if not line.startswith("rewards")]
-    return [*lines, f"trials     {search.trials}, {search.searcher}, {search.scheduler}; each asks for {asks}"]
+    trials = trials_of(search, space)
+    return [*lines, f"trials     {trials}, {search.searcher}, {search.scheduler}; each asks for {asks}"]
 
 
 def find_search(search: SearchConfig, space: Space, plan: Plan, path: Path, resume: bool) -> None:
@@ -156,10 +157,9 @@ def find_search(search: SearchConfig, space: Space, plan: Plan, path: Path, resu
 
 def resolved(search: SearchConfig, space: Space, plan: Plan) -> dict[str, Any]:
     """A search file that stands by itself: the run's settings are in it, with every default."""
-    trials = len(space.grid()) if search.searcher == "grid" else search.trials
     own = search.model_dump(mode="json", exclude={"recipe"})
     given = {key: value for key, value in own.items() if value not in (None, {})}
-    return {**given, "trials": trials, "run": plan.config.to_dict()}
+    return {**given, "trials": trials_of(search, space), "run": plan.config.to_dict()}
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -171,7 +171,7 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
 
 
 def _run(search: SearchConfig, space: Space, plan: Plan, path: Path, followers: Followers) -> Search:
-    for line in describe_search(search, plan):
+    for line in describe_search(search, space, plan):
         followers.message(line)
     found, _ = checkpoint.find(path / BASE / "checkpoints")
     base = prepare_base(plan, path / BASE, found, followers.message)

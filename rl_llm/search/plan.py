@@ -30,6 +30,11 @@ def utility_of(search: SearchConfig, run: RunConfig) -> dict[str, float] | None:
     return search.utility or run.evaluation.utility
 
 
+def trials_of(search: SearchConfig, space: Space) -> int:
+    """How many trials a search has: as its file says, or as its grid has points. Raises `UserError` as `Space.grid`."""
+    return len(space.grid()) if search.searcher == "grid" else search.trials
+
+
 def check_search(search: SearchConfig, space: Space) -> None:
     """Raise `UserError` where parts of a search, each right by itself, do not go together."""
     run = space.base
@@ -51,7 +56,7 @@ def check_search(search: SearchConfig, space: Space) -> None:
         if search.searcher == "optuna" and (not search.objectives or UTILITY in search.objectives):
             raise UserError(f"searcher: optuna: {missing}, or objectives: {{metric: max or min}}")
     if search.searcher == "grid":
-        points = len(space.grid())
+        points = trials_of(search, space)
         if search.first:
             raise UserError("first: searcher: grid tries all of its points and no other; leave it out")
         if "trials" in search.model_fields_set and search.trials != points:
@@ -106,7 +111,7 @@ def make_course(search: SearchConfig, space: Space, forecast: Sequence[Point], l
     check_search(search, space)
     run = space.base
     seeds = [run.trainer.seed + number for number in range(1, search.seeds + 1)]
-    trials = len(space.grid()) if search.searcher == "grid" else search.trials
+    trials = trials_of(search, space)
     plan = Plan(
         trials=trials,
         bracket=STARTUP if search.searcher == "optuna" else trials,
