@@ -29,7 +29,7 @@ import torch
 
 from rl_llm.config import PolicyConfig, RunConfig, build_config, read_config
 from rl_llm.launch.preflight import Plan, make_plan
-from rl_llm.launch.warm_start import ensure_base
+from rl_llm.launch.record import prepare_base
 from rl_llm.policies import Policy, SamplingParams, load_policy
 from rl_llm.policies.packing import make_rows, microbatches
 from rl_llm.rewards import apply_failure_policies
@@ -138,15 +138,14 @@ class Bench:
     def __init__(self, name: str, config: RunConfig, folder: Path) -> None:
         self.name, self.config = name, config
         self.plan: Plan = make_plan(config, {})
+        self.base = prepare_base(self.plan, folder, None, print)
         file = folder / f"{name}.parquet"
         table = read_samples(file, self.plan, SAMPLES) if file.exists() else None
         if table is None:
-            table = sample_base(self.plan, SAMPLES, print)
+            table = sample_base(self.plan, self.base, SAMPLES, print)
             write_samples(table, file)
         self.samples: Samples = samples_of(table)
-        self.base = ensure_base(config, self.plan.task, print)
         self.start: Policy = load_policy(self.base, PolicyConfig(precision=config.policy.precision))
-        self.plan.task.tokenize(self.start.tokenizer, self.start.continues)
         self.weightings = weightings(list(config.rewards.components))
         self.utility = Utility(utility_weights(config), self.samples.base)
 

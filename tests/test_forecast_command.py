@@ -12,7 +12,9 @@ from conftest import Command, Tiny, refused
 
 import rl_llm
 from rl_llm.launch.preflight import make_plan
+from rl_llm.launch.record import prepare_base
 from rl_llm.runs.report.html import write_forecast
+from rl_llm.search.preparing import Preparation
 from rl_llm.search.sampling import sample_base, samples_of
 from rl_llm.trainer.state import TrainerState
 from rl_llm.values import to_json
@@ -100,10 +102,25 @@ def test_a_run_keeps_what_it_is_and_its_report_tells_of_the_forecast(
 def test_the_number_of_workers_changes_no_sample(tiny_run: Tiny, ray_session: None) -> None:
     tables = []
     for resources in ({}, {"num_rollout_workers": 2, "num_reward_workers": 1}):
-        tables.append(sample_base(make_plan(tiny_run.config(**WIDE, resources=resources), {}), 8, silent))
+        plan = make_plan(tiny_run.config(**WIDE, resources=resources), {})
+        tables.append(sample_base(plan, str(tiny_run.policy), 8, silent))
     assert tables[0].equals(tables[1])
     assert len(set(tables[0]["sample_id"].to_pylist())) == tables[0].num_rows == 80
     assert min(tables[0]["sample_id"].to_pylist()) > 1 << 61  # far from what training and evaluations draw from
+
+
+def test_a_search_samples_the_base_it_has_and_makes_no_other(
+    tiny_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = {"policy": {"model": None, "scratch": tiny.SCRATCH.model_dump()}}
+    monkeypatch.setenv("RL_LLM_CACHE", str(tmp_path / "first"))
+    warm = {"target": "demonstration", "supervised_steps": 2}
+    plan = make_plan(tiny_run.config(**WIDE, **scratch, warm_start=warm), {})
+    base = prepare_base(plan, tmp_path, None, silent)
+    monkeypatch.setenv("RL_LLM_CACHE", str(tmp_path / "second"))
+    Preparation().sample(plan, base, 8, tmp_path / "samples.parquet")
+    assert pq.read_table(tmp_path / "samples.parquet").num_rows == 80
+    assert not (tmp_path / "second").exists()
 
 
 def test_rows_and_functions_at_hand_are_forecast_from_python(tiny_run: Tiny, tmp_path: Path) -> None:

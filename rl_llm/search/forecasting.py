@@ -9,11 +9,12 @@ from rl_llm.errors import UserError, option
 from rl_llm.files import room_for, write_text
 from rl_llm.launch.alone import one_at_a_time
 from rl_llm.launch.preflight import make_plan, refuse_unwritable
-from rl_llm.launch.record import Note, reporting
+from rl_llm.launch.record import Note, prepare_base, reporting
 from rl_llm.process import absolute, own_modes
 from rl_llm.runs.forecasts import FORECAST
 from rl_llm.runs.report.html import write_forecast
 from rl_llm.runs.run import Run
+from rl_llm.runtime import connected
 from rl_llm.search.forecast import Forecast, check_kl, forecast
 from rl_llm.search.samples import check_prompts
 from rl_llm.search.sampling import read_samples, sample_base, samples_of, write_samples
@@ -78,7 +79,9 @@ def run_forecast(
         path.mkdir(parents=True, exist_ok=True)
         table = read_samples(path / TABLE, plan, samples)
         if table is None:
-            table = sample_base(plan, samples, note)
+            with connected(config.resources):
+                base = prepare_base(plan, path, None, note)
+                table = sample_base(plan, base, samples, note)
             write_samples(table, path / TABLE)
         else:
             note(f"forecast: the samples in {path / TABLE} serve again")

@@ -45,8 +45,8 @@ class Preparation:
             begin_record(plan, path, print)
             trainer.begin()
 
-    def sample(self, plan: Plan, count: int, path: Path) -> None:
-        write_samples(sample_base(plan, count, print), path)
+    def sample(self, plan: Plan, base: str, count: int, path: Path) -> None:
+        write_samples(sample_base(plan, base, count, print), path)
 
 
 def prepare(plan: Plan, base: str, path: Path, samples: int, note: Note) -> None:
@@ -64,7 +64,7 @@ def prepare(plan: Plan, base: str, path: Path, samples: int, note: Note) -> None
     sampled = samples == 0 or read_samples(path / TABLE, plan, samples) is not None
     # Workers of its own are placed by themselves; then nothing is in the way yet.
     if not sampled and resources.num_rollout_workers + resources.num_reward_workers:
-        write_samples(sample_base(plan, samples, note), path / TABLE)
+        write_samples(sample_base(plan, base, samples, note), path / TABLE)
         sampled = True
     room = Placement(resources, slot=True)
     try:
@@ -81,7 +81,7 @@ def prepare(plan: Plan, base: str, path: Path, samples: int, note: Note) -> None
                 worker.call("measure", plan, base, path / BASE, room.group)
             if not sampled:
                 note(f"forecast   from {samples} samples a prompt of the base policy")
-                worker.call("sample", plan, samples, path / TABLE)
+                worker.call("sample", plan, base, samples, path / TABLE)
         finally:
             worker.close()
     finally:

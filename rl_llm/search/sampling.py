@@ -15,11 +15,9 @@ from rl_llm.config import PolicyConfig, RunConfig, value_at
 from rl_llm.files import replacing
 from rl_llm.launch.inference import Note, acting_workers, telling
 from rl_llm.launch.preflight import Plan
-from rl_llm.launch.record import prepare_base
 from rl_llm.policies import SamplingParams
 from rl_llm.rewards import apply_failure_policies
 from rl_llm.rng import Purpose, key
-from rl_llm.runtime import connected
 from rl_llm.runtime.replica import fetch
 from rl_llm.runtime.weights import Weights
 from rl_llm.search.samples import Samples, check_prompts
@@ -37,11 +35,12 @@ PARTS = 8  # of the prompts, after each of which progress is noted
 _ORIGIN, _BASE = b"forecast_origin", b"forecast_base"
 
 
-def sample_base(plan: Plan, count: int, note: Note) -> pa.Table:
+def sample_base(plan: Plan, base: str, count: int, note: Note) -> pa.Table:
     """Sample and score `count` completions a tune prompt, at the temperature training begins with.
 
     Args:
-        plan: of the run; its base is warm-started here where that is not cached.
+        plan: of the run, its task tokenized.
+        base: folder (or Hub name) of the policy, see `prepare_base`.
         note: is told of progress, and of rewards that failed.
 
     Returns:
@@ -54,19 +53,17 @@ def sample_base(plan: Plan, count: int, note: Note) -> pa.Table:
         RewardFailed: a component failed beyond what its configuration allows.
     """
     config, task = plan.config, plan.task
-    with connected(config.resources):
-        base = prepare_base(plan, Path(), None, note)
-        prompts = held_out(task.splits["tune"], config.evaluation.prompts)
-        check_prompts(prompts.num_rows)
-        policy = PolicyConfig(model=base, type=config.policy.type, precision=config.policy.precision)
-        acting = config.model_copy(update={"policy": policy})
-        with acting_workers(acting, config.measured, plan.functions) as (workers, weights):
-            params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
-            evaluator = Evaluator(config.evaluation, params, config.measured, workers.collector, telling(note))
-            greedy = evaluator.evaluate(prompts, "tune", "forecast", 0, weights).values
-            found = _draw(config, prompts, count, workers.collector, weights, note)
-            table = pa.concat_tables([shard.select(list(KEPT)) for shard in fetch(found.shards)])
-        resolved = apply_failure_policies(config.measured, found.scores, found.prompt_ids, 0, telling(note))
+    prompts = held_out(task.splits["tune"], config.evaluation.prompts)
+    check_prompts(prompts.num_rows)
+    policy = PolicyConfig(model=base, type=config.policy.type, precision=config.policy.precision)
+    acting = config.model_copy(update={"policy": policy})
+    with acting_workers(acting, config.measured, plan.functions) as (workers, weights):
+        params = SamplingParams.of(config.rollout, 1, config.evaluation.temperature, config.trainer.seed)
+        evaluator = Evaluator(config.evaluation, params, config.measured, workers.collector, telling(note))
+        greedy = evaluator.evaluate(prompts, "tune", "forecast", 0, weights).values
+        found = _draw(config, prompts, count, workers.collector, weights, note)
+        table = pa.concat_tables([shard.select(list(KEPT)) for shard in fetch(found.shards)])
+    resolved = apply_failure_policies(config.measured, found.scores, found.prompt_ids, 0, telling(note))
     groups = np.repeat(np.arange(prompts.num_rows), count)
     table = table.add_column(2, "group", pa.array(groups, pa.int64()))
     for name, component in resolved.items():
