@@ -42,9 +42,9 @@ from rl_llm.search.sampling import read_samples, sample_base, samples_of, write_
 from rl_llm.table import ragged
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import FirstIds
-from rl_llm.trainer.evaluation import Utility
 from rl_llm.trainer.state import utility_weights
 from rl_llm.trainer.trainer import Trainer
+from rl_llm.trainer.utility import Utility
 
 SEEDS = (0, 1)
 WEIGHTINGS = 9

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Training brings in torch and transformers; reading a run or writing a reward needs neither.
+    # Training brings in torch and transformers; reading a run or a search, or writing a reward, needs neither.
     if name in ("forecast", "train"):
         from rl_llm import api
 

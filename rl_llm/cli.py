@@ -200,8 +200,9 @@ def replay(
 def report(directory: Annotated[Path, typer.Argument(help="of a run or a search", metavar="DIR")]) -> None:
     """Write report.html, one file that works offline; of a search also front.svg, trials.parquet and pareto.json."""
     from rl_llm.runs.run import Run
+    from rl_llm.search.reader import is_search
 
-    if (directory / "search.yaml").is_file():
+    if is_search(directory):
         from rl_llm.search.search import Search
 
         print(Search(directory).report())

@@ -17,7 +17,7 @@ from rl_llm.search.forecast import forecast
 from rl_llm.search.ledger import DECISIONS, Ledger
 from rl_llm.search.plan import evaluation_every, make_course, make_space, utility_of
 from rl_llm.search.samples import Samples
-from rl_llm.trainer.evaluation import Utility
+from rl_llm.trainer.utility import Utility
 from rl_llm.values import to_json
 
 COMPONENTS = {"chrf": 1.0, "length": 1.0, "facts": 1.0}

@@ -13,7 +13,7 @@ from rl_llm.learner.learner import Learner
 from rl_llm.runs import checkpoint
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.run import Run
-from rl_llm.trainer.evaluation import Utility
+from rl_llm.trainer.utility import Utility
 from rl_llm.trainer.workers import Workers
 
 

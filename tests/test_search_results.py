@@ -1,6 +1,8 @@
 import io
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,13 @@ def test_the_whole_of_a_trial_ends_with_its_steps_or_its_tokens_whichever_come_f
         assert whole.cost.whole[0] == 9 * steps * TOKENS_A_STEP
         cut = Search(make_search(tmp_path / f"{tokens} cut", reports=2, **plain))
         assert cut.cost.whole[0] == 9 * min(tokens, STEPS * TOKENS_A_STEP)
+
+
+def test_reading_a_search_needs_no_torch(finished_search: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_search, tmp_path / "search")
+    read = "found = rl_llm.load_search(sys.argv[1]); found.table(); found.best; found.trials; found.report()"
+    code = f"import sys, rl_llm; {read}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "search"], timeout=120).returncode == 0
 
 
 def test_trials_are_a_table_with_a_row_a_trial(finished_search: Path) -> None:

@@ -19,7 +19,7 @@ from rl_llm.config.algorithm import (
     ValueConfig,
 )
 from rl_llm.config.base import MAY_CHANGE, MUST_STAY, Ramp, Scheduled, Section, value_at
-from rl_llm.config.evaluation import EvaluationConfig
+from rl_llm.config.evaluation import TOKENS, UTILITY, EvaluationConfig
 from rl_llm.config.learner import LearnerConfig
 from rl_llm.config.overrides import apply_override, explain
 from rl_llm.config.policy import LoraConfig, PolicyConfig, ScratchConfig, WarmStartConfig
@@ -44,6 +44,8 @@ __all__ = [
     "MAY_CHANGE",
     "MUST_STAY",
     "PROBE",
+    "TOKENS",
+    "UTILITY",
     "VERSIONS",
     "Aggregation",
     "AlgorithmConfig",
@@ -98,7 +100,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        taken = {"utility", "tokens"} & (set(self.rewards.components) | set(self.evaluation.metrics))
+        taken = {UTILITY, TOKENS} & (set(self.rewards.components) | set(self.evaluation.metrics))
         if taken:
             raise ValueError(f"{sorted(taken)} are measured of every policy; give the component another name")
         both = set(self.rewards.components) & set(self.evaluation.metrics)

@@ -7,6 +7,9 @@ from pydantic import Field, field_validator
 from rl_llm.config.base import MAY_CHANGE, Section
 from rl_llm.config.rewards import Components
 
+UTILITY, TOKENS = "utility", "tokens"
+"""Measured of every policy, beside its components."""
+
 
 class EvaluationConfig(Section):
     every: Annotated[int, MAY_CHANGE] = Field(20, ge=1, description="steps between validations on the tune split")

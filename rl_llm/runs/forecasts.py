@@ -7,11 +7,12 @@ from typing import Any
 import rich.table
 from rich.text import Text
 
+from rl_llm.config import UTILITY
 from rl_llm.runs.results import html_of, interval_text
 from rl_llm.runs.text import aligned, printable
 
 FORECAST = "forecast.json"
-UTILITY, OUT_OF_REACH = "utility", "short of the KL"
+OUT_OF_REACH = "short of the KL"
 OTHERS = 6  # weightings without a name that a table shows
 RARE = 0.1  # of prompts: a component whose samples differ in fewer is worth a word
 

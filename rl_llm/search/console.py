@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rl_llm.config import TOKENS, UTILITY
 from rl_llm.runs.console import terminal
 from rl_llm.runs.results import interval_text
 from rl_llm.runs.text import printable, short
@@ -16,7 +17,6 @@ from rl_llm.search.compare import as_interval, column, over_seeds
 from rl_llm.search.course import OVER, Course, Entry, Report
 from rl_llm.search.following import Follower
 from rl_llm.search.wording import decision_lines, point_text
-from rl_llm.trainer.evaluation import TOKENS, UTILITY
 
 STYLES = {"done": "green", "failed": "red", "stopped": "dim", "waiting": "dim"}
 

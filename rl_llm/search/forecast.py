@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rl_llm.algorithms import build_algorithm
-from rl_llm.config import RunConfig, value_at
+from rl_llm.config import UTILITY, RunConfig, value_at
 from rl_llm.errors import UserError, did_you_mean, option
 from rl_llm.mixture import Mixture
 from rl_llm.rng import Purpose, stream
@@ -23,7 +23,7 @@ from rl_llm.runs.forecasts import ForecastText
 from rl_llm.search.dominance import FRONT, NOTHING, OUT_OF_REACH, UNDECIDED, Interval, bootstrap, verdicts
 from rl_llm.search.samples import LEAST_SAMPLES, Samples, check_prompts
 from rl_llm.search.tilt import Tilted, reach, tilt
-from rl_llm.trainer.evaluation import UTILITY, Utility
+from rl_llm.trainer.utility import Utility
 
 FAR = 1.0  # nats: with 64 samples and normal advantages about a seventh of them still count
 SHORT = 0.25  # of the KL aimed at: a weighting that cannot come so far has too little signal

@@ -15,7 +15,7 @@ from typing import Any
 import moocore
 import numpy as np
 
-from rl_llm.config import RunConfig, value_at
+from rl_llm.config import UTILITY, RunConfig, value_at
 from rl_llm.errors import UserError
 from rl_llm.rng import Purpose, stream
 from rl_llm.runs.results import Interval
@@ -24,7 +24,7 @@ from rl_llm.search.course import Entry
 from rl_llm.search.reader import SearchFiles, prompt_values
 from rl_llm.search.space import Point
 from rl_llm.search.wording import policy_of
-from rl_llm.trainer.evaluation import UTILITY, base_statistics
+from rl_llm.trainer.utility import base_statistics
 
 DRAWS = 500  # resamples of a hypervolume; each is a computation of its own
 

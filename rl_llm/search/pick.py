@@ -20,7 +20,7 @@ from rl_llm.search.ledger import Ledger
 from rl_llm.search.preference import Preference, fit
 from rl_llm.search.search import Search
 from rl_llm.search.wording import point_text
-from rl_llm.trainer.evaluation import Utility, base_statistics, in_spreads
+from rl_llm.trainer.utility import Utility, base_statistics, in_spreads
 from rl_llm.values import to_json
 
 ANSWERS, PICKS = "answers", "picks.jsonl"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 
-from rl_llm.config import RunConfig
+from rl_llm.config import TOKENS, UTILITY, RunConfig
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.search.config import SearchConfig, run_settings
 from rl_llm.search.course import Course, Entry, Plan
@@ -11,7 +11,6 @@ from rl_llm.search.ledger import Ledger
 from rl_llm.search.schedulers import make_scheduler, rungs
 from rl_llm.search.searchers import STARTUP, make_searcher
 from rl_llm.search.space import Point, Space
-from rl_llm.trainer.evaluation import TOKENS, UTILITY
 
 SINGLE = "single-"
 # Denominator of the shares that soups have of single-reward models, by how many of these there are.

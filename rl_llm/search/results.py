@@ -10,6 +10,7 @@ import pandas as pd
 import rich.table
 from rich.text import Text
 
+from rl_llm.config import UTILITY
 from rl_llm.errors import UserError
 from rl_llm.runs.results import Interval, html_of, interval_text
 from rl_llm.runs.text import aligned, short
@@ -17,7 +18,6 @@ from rl_llm.search.compare import as_interval, holm, mean_of, over_seeds, p_valu
 from rl_llm.search.course import OVER, Entry
 from rl_llm.search.reader import SearchFiles, prompt_values
 from rl_llm.search.wording import EQUAL, RECIPE, knobs, point_text, policy_of, title_of
-from rl_llm.trainer.evaluation import UTILITY
 
 ALPHA = 0.05
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rl_llm.config import PolicyConfig, RunConfig, value_at
+from rl_llm.config import TOKENS, PolicyConfig, RunConfig, value_at
 from rl_llm.files import replacing
 from rl_llm.launch.inference import Note, acting_workers, telling
 from rl_llm.launch.preflight import Plan
@@ -24,7 +24,8 @@ from rl_llm.search.samples import Samples, check_prompts
 from rl_llm.table import REWARD, STATUS, component_columns
 from rl_llm.tasks.source import held_out
 from rl_llm.trainer.collector import Collector, FirstIds, Rollouts
-from rl_llm.trainer.evaluation import TOKENS, Evaluator, base_statistics
+from rl_llm.trainer.evaluation import Evaluator
+from rl_llm.trainer.utility import base_statistics
 
 # Streams that no sample of a run reaches.
 FIRST = FirstIds(key(Purpose.FORECAST, 0), 0)

@@ -11,7 +11,6 @@ import pandas as pd
 from rl_llm.errors import UserError
 from rl_llm.files import replacing, write_text
 from rl_llm.runs.run import Run
-from rl_llm.search.export import export_models
 from rl_llm.search.front import Candidate, Front, candidates, make_front, objectives, pareto
 from rl_llm.search.reader import SearchFiles, prompt_values
 from rl_llm.search.report.html import write_report
@@ -102,6 +101,8 @@ class Search(SearchFiles):
 
     def export(self, base: str, note: Callable[[str], None]) -> None:
         """Leave the model of each point of the front as a folder; see `export_models`."""
+        from rl_llm.search.export import export_models  # with torch, which reading a search does not need
+
         export_models(self, self.front.points, base, note)
         del self.candidates, self.front  # they have folders now
 

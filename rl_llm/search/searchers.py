@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rl_llm.config import UTILITY
 from rl_llm.rng import Purpose, stream
 from rl_llm.search.config import SearchConfig
 from rl_llm.search.dimensions import Axis
 from rl_llm.search.space import Point, Space
-from rl_llm.trainer.evaluation import UTILITY
 
 STARTUP = 4
 """Trials that optuna draws at random before it learns from them: a bracket of a search."""

@@ -11,7 +11,6 @@ from rl_llm.config import ComponentConfig, RunConfig, build_config, value_at
 from rl_llm.config.overrides import put as put_at
 from rl_llm.config.rewards import OF_THE_MIXTURE
 from rl_llm.errors import UserError, did_you_mean
-from rl_llm.launch.preflight import FUNCTION, check_algorithm
 from rl_llm.rewards import Component
 from rl_llm.rng import Purpose, stream
 from rl_llm.search.dimensions import Axis, Choice, Dimension, Number, Simplex, is_number
@@ -216,6 +215,11 @@ class Space:
             raise
 
     def _build(self, point: Point, what: str) -> None:
+        from rl_llm.launch.preflight import (  # with torch, which reading a search does not need
+            FUNCTION,
+            check_algorithm,
+        )
+
         where = f"{what}: " + ", ".join(f"{path}={to_json(value)}" for path, value in point.items())
         config = build_config(put(self.settings, point, where), where=where)
         weights = [value_at(weight, step) for weight in config.rewards.weights.values() for step in (0, 10**9)]

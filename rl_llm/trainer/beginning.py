@@ -8,7 +8,8 @@ from rl_llm.config import RunConfig
 from rl_llm.config.rewards import OF_THE_MIXTURE
 from rl_llm.policies import SamplingParams
 from rl_llm.runs.reader import RunFiles
-from rl_llm.trainer.evaluation import Evaluation, Utility, with_utility
+from rl_llm.trainer.evaluation import Evaluation, with_utility
+from rl_llm.trainer.utility import Utility
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 from rl_llm.algorithms import build_algorithm
 from rl_llm.config import RunConfig, build_config, value_at
 from rl_llm.errors import UserError, option
-from rl_llm.trainer.evaluation import Progress, Utility
+from rl_llm.trainer.evaluation import Progress
+from rl_llm.trainer.utility import Utility
 
 STATE = "state.json"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from rl_llm.algorithms import build_algorithm
-from rl_llm.config import RunConfig, value_at
+from rl_llm.config import TOKENS, RunConfig, value_at
 from rl_llm.errors import RunFailed, UserError
 from rl_llm.learner.optimizer import Schedule
 from rl_llm.learner.parallel import DataParallel, MakeParallel
@@ -26,7 +26,7 @@ from rl_llm.tasks import Task
 from rl_llm.tasks.source import PromptSource, held_out
 from rl_llm.trainer.beginning import Beginning
 from rl_llm.trainer.collector import Rollouts
-from rl_llm.trainer.evaluation import TOKENS, Evaluation, Evaluator, Progress
+from rl_llm.trainer.evaluation import Evaluation, Evaluator, Progress
 from rl_llm.trainer.sampler import MakeSampler, Synchronous
 from rl_llm.trainer.state import Origin, TrainerState, configured, utility_weights
 from rl_llm.trainer.workers import Functions, Workers

@@ -4,7 +4,8 @@ import html
 from itertools import combinations
 from typing import Any
 
-from rl_llm.runs.forecasts import OUT_OF_REACH, UTILITY, weights_text
+from rl_llm.config import UTILITY
+from rl_llm.runs.forecasts import OUT_OF_REACH, weights_text
 from rl_llm.runs.report.charts import COLORS, DIVERGING, GREY, Chart, drawable
 
 PAIRS = 6  # charts of two metrics each

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_llm.config import RunConfig
+from rl_llm.config import UTILITY, RunConfig
 from rl_llm.runs.report.charts import COLORS, GREY, Chart
 from rl_llm.runs.results import interval_text
 from rl_llm.runs.text import is_number, printable
@@ -17,7 +17,6 @@ from rl_llm.search.front import Candidate, directions, in_conflict, non_dominate
 from rl_llm.search.reader import SearchFiles
 from rl_llm.search.space import WEIGHTS, Point
 from rl_llm.search.wording import EQUAL, knobs, point_text, policy_of, title_of
-from rl_llm.trainer.evaluation import UTILITY
 
 INK = "#1c2430"
 FAR_APART = 50.0  # a knob whose largest value is so many times its smallest is drawn on a logarithmic axis
