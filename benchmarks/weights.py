@@ -48,7 +48,7 @@ from rl_llm.search.launching import run_search
 from rl_llm.search.search import Search
 from rl_llm.search.space import CONTROLLER, WEIGHTS, Point, put
 from rl_llm.search.wording import RECIPE, point_text
-from rl_llm.trainer.evaluation import base_statistics
+from rl_llm.trainer.utility import base_statistics
 
 FULL_MARKS = {
     "quickstart": ("facts", "sentence"),
