@@ -153,8 +153,9 @@ def flat(policy: Policy) -> torch.Tensor:
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without what is measured in seconds."""
-    return {k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"}
+    """A line of metrics.jsonl without what is measured in seconds, or depends on who was first to score a row."""
+    others = ("tokens_per_second", "/extra/cached")
+    return {k: v for k, v in line.items() if not (k.startswith("time/") or k.endswith(others))}
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,13 @@ def match(
     return [sum(w == c for w in words) / max(len(words), 1) for words, c in zip(found, colour, strict=True)]
 
 
+def noted(completions: list[str], prompts: list[str], colour: list[str], *, notes: str) -> list[float]:
+    """`match` that notes in a file what it is asked for."""
+    with Path(notes).open("a") as file:
+        file.writelines(f"{asked}\n" for asked in zip(prompts, completions, strict=True))
+    return match(completions, colour)
+
+
 def match_dying_once(completions: list[str], colour: list[str], *, mark: str, **columns: Any) -> list[float]:
     """`match` that brings its process down the first time it scores anything after `mark` has been made."""
     if Path(mark).exists():

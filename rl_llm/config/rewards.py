@@ -37,6 +37,9 @@ class ComponentConfig(Section):
     max_failure_rate: float = Field(
         0.5, ge=0, le=1, description="a step with a larger share of failed rows ends the run"
     )
+    cache: Annotated[bool, MAY_CHANGE] = Field(
+        False, description="keep its values and use them again for the same prompt and completion"
+    )
     clip: tuple[float, float] | None = None
     scale: float = 1.0
     gate: GateConfig | None = None

@@ -20,7 +20,7 @@ from rl_llm.config import ComponentConfig
 from rl_llm.errors import RunFailed, UserError, did_you_mean
 from rl_llm.process import Apart
 from rl_llm.rewards.hooks import Log, RunState, as_python
-from rl_llm.rewards.registry import Takes, parameters_of, resolve
+from rl_llm.rewards.registry import HOOKS, Takes, parameters_of, resolve
 from rl_llm.table import ERROR, FIELD, NOT_APPLICABLE, OK, TIMEOUT, reward_inputs
 
 FAILED = (ERROR, TIMEOUT)
@@ -107,7 +107,7 @@ class Component:
         fn: the function, class or callable object itself, in place of what `config.use` names.
 
     Raises:
-        UserError: it is not found, or does not take these arguments.
+        UserError: it is not found, does not take these arguments, or cannot have a cache.
     """
 
     def __init__(self, name: str, config: ComponentConfig, fn: Callable[..., Any] | None = None) -> None:
@@ -117,6 +117,11 @@ class Component:
         target = fn if fn is not None else resolve(config.use)
         is_class = inspect.isclass(target)
         self._parameters = parameters_of(target)
+        if config.cache and (hooks := sorted(self._parameters.inputs.intersection(HOOKS))):
+            raise UserError(
+                f"component {name!r} takes {', '.join(hooks)}, and what is cached neither logs nor knows the step; "
+                "leave out its `cache`"
+            )
         args = self._checked_arguments(is_class)
         try:
             with self._apart.entered():
@@ -241,7 +246,8 @@ class Component:
         hooks = {"trainer_state": state, "log_extra": own.log_extra, "log_metric": own.log_metric}
         try:
             with self._apart.entered():
-                returned = list(self._call({**inputs, **hooks}))
+                # What has a cache must not use them, and in `**columns` nobody could see that it does.
+                returned = list(self._call(inputs if self.config.cache else {**inputs, **hooks}))
             if len(returned) != rows:
                 return [_Score(None, ERROR, f"returned {len(returned)} values for {rows} completions")] * rows
             log.add(own.logged)
@@ -252,14 +258,21 @@ class Component:
         except Exception as error:
             return [_Score(None, ERROR, _describe(error))] * rows
 
+    def inputs_of(self, table: pa.Table) -> dict[str, list[Any]]:
+        """What it is called with for the rows of a rollout table, by name, beside its arguments."""
+        return self._passed(reward_inputs(table))
+
     def _call(self, inputs: dict[str, Any]) -> Any:
+        result = self._function(**{**self._passed(inputs), **self._args})
+        return _run(result, self.config.timeout_s) if inspect.isawaitable(result) else result
+
+    def _passed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         takes = self._parameters
         named = {*takes.inputs, *takes.columns, *self._reads_columns}
         # A column that happens to share its name with an argument, or with `self`, is not that.
         hidden = {*takes.arguments, takes.own}
         passed = {k: v for k, v in inputs.items() if k in named or (takes.any_column and k not in hidden)}
-        result = self._function(**{**passed, **self._args})
-        return _run(result, self.config.timeout_s) if inspect.isawaitable(result) else result
+        return {k: v for k, v in passed.items() if k not in self._args}
 
 
 def _score_of(value: Any) -> _Score:

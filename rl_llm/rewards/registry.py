@@ -19,7 +19,8 @@ from typing import Any, TypeVar, get_type_hints
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.imports import import_function
 
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+HOOKS = ("trainer_state", "log_extra", "log_metric")
+RESERVED = ("prompts", "completions", "completion_ids", *HOOKS)
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 

@@ -1,5 +1,6 @@
 """A whole search: checks, what its trials share, their course on Ray Tune, and what is left of it."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,10 @@ GUESSES = 2
 """Points to try first that come from the forecast."""
 
 # What a search that goes on may have otherwise: it changes no result.
-FREE = ("concurrent", "max_failures", "silent_s", "run.logging.", "run.resources.")
+FREE = re.compile(
+    r"concurrent|max_failures|silent_s|run\.logging\.|run\.resources\.|"
+    r"run\.(rewards\.components|evaluation\.metrics)\.[^.]+\.cache$"
+)
 THREADS = "run.resources.threads"  # floats follow it
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -166,7 +170,7 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-    elif old != new and (key == THREADS or not key.startswith(FREE)):
+    elif old != new and (key == THREADS or not FREE.match(key)):
         yield key, old, new
 
 

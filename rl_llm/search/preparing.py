@@ -7,6 +7,7 @@ from typing import Any
 
 from rl_llm.launch.preflight import Plan, quiet_libraries
 from rl_llm.launch.record import Note, begin_record
+from rl_llm.rewards import SCORES
 from rl_llm.runs import checkpoint
 from rl_llm.runs.writer import RunWriter
 from rl_llm.runtime.actor import Actor
@@ -30,7 +31,7 @@ class Preparation:
         refuse_unshared(mark, "name an output")
 
     def measure(self, plan: Plan, base: str, path: Path, group: Any = None) -> None:
-        """Begin a run of the base policy, and leave it there; `group`: see `Placement`."""
+        """Begin a run of the base policy, and leave it there, in the search's directory; `group`: see `Placement`."""
         opened = Trainer.open(
             plan.config,
             path,
@@ -39,6 +40,7 @@ class Preparation:
             functions=plan.functions,
             callbacks=[RunWriter()],
             origin=plan.origin,
+            scores=path.parent / SCORES,
             group=group,
         )
         with opened as trainer:

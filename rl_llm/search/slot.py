@@ -16,6 +16,7 @@ from rl_llm.errors import RunFailed, UserError
 from rl_llm.files import free_name, room_for, write_text
 from rl_llm.launch.preflight import Plan, quiet_libraries
 from rl_llm.launch.record import begin_record, end_record, ended_by_itself, measure_best
+from rl_llm.rewards import SCORES
 from rl_llm.runs import checkpoint
 from rl_llm.runs.callbacks import Callback
 from rl_llm.runs.jsonl import read_jsonl
@@ -147,6 +148,7 @@ class Slot:
         own, donor = _newest(path), self._donor(path)
         found = own if donor is None else None
         made_of: dict[str, Any] = {"functions": plan.functions, "origin": plan.origin, "beginning": self._beginning}
+        made_of["scores"] = shared.path / SCORES
         if self._trainer is None:
             callbacks = [RunWriter(), _Watch(self), *sinks(plan.config.logging)]
             where: dict[str, Any] = {"callbacks": callbacks, "checkpoint": found, "group": self._group}

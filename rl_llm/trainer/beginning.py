@@ -50,13 +50,13 @@ def _columns(run: RunFiles, label: str) -> dict[str, Any]:
 
 def measures(config: RunConfig) -> dict[str, Any]:
     """All of a config that its first evaluations depend on."""
-    evaluation = config.evaluation
+    evaluation, no_matter = config.evaluation, {*OF_THE_MIXTURE, "cache"}
     params = SamplingParams.of(config.rollout, 1, evaluation.temperature, config.trainer.seed)
     how = asdict(params) if evaluation.temperature else {**asdict(params), "seed": None}
     return {
         "task": config.task.model_dump(),
         "policy": config.policy.model_dump(),
-        "components": {name: spec.model_dump(exclude=set(OF_THE_MIXTURE)) for name, spec in config.measured.items()},
+        "components": {name: spec.model_dump(exclude=no_matter) for name, spec in config.measured.items()},
         "engine": config.rollout.engine,
         # Floats follow these.
         "rows": config.rollout.request_rows,

@@ -17,7 +17,7 @@ from rl_llm.learner.optimizer import Schedule
 from rl_llm.learner.parallel import DataParallel, MakeParallel
 from rl_llm.mixture import Mixed, Mixture
 from rl_llm.policies import SamplingParams
-from rl_llm.rewards import Resolved, apply_failure_policies
+from rl_llm.rewards import SCORES, Resolved, apply_failure_policies, cache_folders
 from rl_llm.runs import checkpoint
 from rl_llm.runs.callbacks import Callback, Callbacks
 from rl_llm.runs.writer import rollout_table
@@ -88,6 +88,7 @@ class Trainer:
         parallel: MakeParallel = DataParallel,
         origin: Origin | None = None,
         beginning: Beginning | None = None,
+        scores: Path | None = None,
         group: Any = None,
     ) -> Iterator["Trainer"]:
         """A trainer with its workers started and the first weights published; both end with the context.
@@ -102,12 +103,14 @@ class Trainer:
             parallel: makes how several learners go together.
             origin: what the run is made from, to be kept in its checkpoints.
             beginning: of a run from the same base, to be recorded in place of measuring it again where it serves.
+            scores: where values are kept of components with `cache`; None keeps them in the run directory.
             group: room for the workers that is there already, see `Placement`.
         """
-        functions = functions or {}
-        workers = Workers(config, base, config.measured, functions, parallel=parallel, group=group)
+        functions, origin = functions or {}, origin or Origin()
+        caches = cache_folders(scores or path / SCORES, config.measured, origin.code)
+        workers = Workers(config, base, config.measured, functions, caches, parallel=parallel, group=group)
         try:
-            trainer = cls(config, path, task, workers, callbacks, sampler, origin or Origin(), beginning)
+            trainer = cls(config, path, task, workers, callbacks, sampler, origin, beginning)
             trainer.learner.see(trainer.path)
             if checkpoint is None:
                 trainer._publish()
@@ -151,18 +154,21 @@ class Trainer:
         functions: Functions | None = None,
         origin: Origin | None = None,
         beginning: Beginning | None = None,
+        scores: Path | None = None,
     ) -> None:
         """Begin another run, on these workers; it is the run that a fresh process would make.
 
         Args:
-            functions, origin, beginning: as for `open`.
+            functions, origin, beginning, scores: as for `open`.
 
         Raises:
             UserError: the config asks for other resources.
         """
-        self.workers.reset(config, base, config.measured, functions or {})
+        origin = origin or Origin()
+        caches = cache_folders(scores or path / SCORES, config.measured, origin.code)
+        self.workers.reset(config, base, config.measured, functions or {}, caches)
         self.learner = self.workers.learner
-        self._begin_with(config, path, task, origin or Origin(), beginning)
+        self._begin_with(config, path, task, origin, beginning)
         self.learner.see(self.path)
         self._publish()
 

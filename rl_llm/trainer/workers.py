@@ -1,7 +1,9 @@
 """What a config starts: learners, rollout workers and reward workers, in this process or as Ray actors."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rl_llm.config import ComponentConfig, RunConfig
@@ -41,6 +43,7 @@ class Workers:
         base: str,
         components: Mapping[str, ComponentConfig],
         functions: Functions,
+        caches: Mapping[str, Path] | None = None,
         learns: bool = True,
         parallel: MakeParallel = DataParallel,
         group: Any = None,
@@ -51,13 +54,14 @@ class Workers:
             base: folder of the policy before training.
             components: the rewards to be scored.
             functions: reward functions given as they are, by component.
+            caches: folders of components whose values are kept, see `cache_folders`.
             learns: without, there is no learner, and rollout workers act with `base`.
             parallel: how several learners go together.
             group: room that is there already, see `Placement`.
         """
         self._config, self._learns, self._parallel = config, learns, parallel
         # In this process it may refuse the config, and there is nothing to give back yet.
-        makes = self._makes(config, base, components, functions)
+        makes = self._makes(config, base, components, functions, caches)
         resources = config.resources
         self._placement: Any = None
         if resources.uses_ray:
@@ -94,7 +98,12 @@ class Workers:
             raise
 
     def reset(
-        self, config: RunConfig, base: str, components: Mapping[str, ComponentConfig], functions: Functions
+        self,
+        config: RunConfig,
+        base: str,
+        components: Mapping[str, ComponentConfig],
+        functions: Functions,
+        caches: Mapping[str, Path] | None = None,
     ) -> None:
         """Make all workers anew for another config, in the processes they have.
 
@@ -103,7 +112,7 @@ class Workers:
         """
         if config.resources != self._config.resources:
             raise UserError("resources cannot change with the workers that are there; start others")
-        makes = self._makes(config, base, components, functions)
+        makes = self._makes(config, base, components, functions, caches)
         self._config = config
         if self._learns:
             self._learner_pool.rebuild(makes["learner"])
@@ -112,7 +121,12 @@ class Workers:
         self._connect(components, functions)
 
     def _makes(
-        self, config: RunConfig, base: str, components: Mapping[str, ComponentConfig], functions: Functions
+        self,
+        config: RunConfig,
+        base: str,
+        components: Mapping[str, ComponentConfig],
+        functions: Functions,
+        caches: Mapping[str, Path] | None,
     ) -> dict[str, Callable[..., Any]]:
         """What makes a worker of each kind; the channel they share is chosen by what is where."""
         resources = config.resources
@@ -126,7 +140,7 @@ class Workers:
         return {
             "learner": make if here is None else lambda: here,
             "rollout_worker": partial(RolloutWorker, config, base, self.channel, shared),
-            "reward_worker": partial(RewardWorker, dict(components), dict(functions), config.trainer.steps),
+            "reward_worker": partial(RewardWorker, dict(components), dict(functions), config.trainer.steps, caches),
         }
 
     def _connect(self, components: Mapping[str, ComponentConfig], functions: Functions) -> None:
@@ -139,6 +153,10 @@ class Workers:
             config.resources,
             config.rollout.request_rows,
         )
+        for name, component in components.items():
+            if component.cache:
+                # How fast it was with rows that are known says nothing of the next ones.
+                self.collector.note_seconds(name, math.inf)
         if self._learns:
             self.learner = LearnerGroup(self._learner_pool, config)
             self.learner.join()
