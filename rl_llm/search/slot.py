@@ -147,8 +147,12 @@ class Slot:
         plan = replace(shared.plan, config=config_of(shared.settings, point, at.seed))
         own, donor = _newest(path), self._donor(path)
         found = own if donor is None else None
-        made_of: dict[str, Any] = {"functions": plan.functions, "origin": plan.origin, "beginning": self._beginning}
-        made_of["scores"] = shared.path / SCORES
+        made_of: dict[str, Any] = {
+            "functions": plan.functions,
+            "origin": plan.origin,
+            "beginning": self._beginning,
+            "scores": shared.path / SCORES,
+        }
         if self._trainer is None:
             callbacks = [RunWriter(), _Watch(self), *sinks(plan.config.logging)]
             where: dict[str, Any] = {"callbacks": callbacks, "checkpoint": found, "group": self._group}
