@@ -64,7 +64,7 @@ OF_TEXT: dict[str, Any] = {
 }
 TASKS: dict[str, dict[str, Any]] = {
     "quickstart": {"trainer": {"steps": 40}},
-    # To be formal takes words, and words cost similarity and brevity.
+    # To chat takes words, and words cost similarity.
     "style": {
         "task": {"data": "builtin:records"},
         "warm_start": {"target": "demonstration"},
@@ -72,11 +72,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "rewards": {
             "components": {
                 "chrf": {},
-                "formal": {"use": "regex", "args": {"pattern": "as the record shows|it is said|it is known"}},
+                "chatty": {"use": "regex", "args": {"pattern": "you see|as we know|and that is all"}},
                 "long": {"use": "length", "args": {"mode": "target", "target": 24}},
             }
         },
-        "evaluation": {"metrics": {"token_f1": {}}, "utility": {"chrf": 1.0, "formal": 1.0}},
+        "evaluation": {"metrics": {"token_f1": {}}, "utility": {"chrf": 1.0, "chatty": 1.0}},
     },
     "synopsis": {
         **OF_TEXT,

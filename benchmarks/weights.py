@@ -52,7 +52,7 @@ from rl_llm.trainer.utility import base_statistics
 
 FULL_MARKS = {
     "quickstart": ("facts", "sentence"),
-    "style": ("formal", "long"),
+    "style": ("chatty", "long"),
     "trap": ("match",),
     "synopsis": ("short",),
 }
