@@ -53,7 +53,7 @@ class Search(SearchFiles):
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """Trials, controls and soups at their best evaluations on the tune split."""
+        """Policies of every role at their best evaluations on the tune split."""
         return candidates(self)
 
     @cached_property

@@ -140,7 +140,7 @@ def front_section(front: Mapping[str, Any] | None) -> str:
         return ""
     behind = f"; behind it the {front['forecast']['note']}" if front["forecast"] else ""
     note = (
-        "Trials, controls and soups at their best evaluation on the tune split, with 95 % intervals over prompts; "
+        "Every policy of the search at its best evaluation on the tune split, with 95 % intervals over prompts; "
         f"dotted: those that no other one is better than in both metrics{behind}."
     )
     return (
