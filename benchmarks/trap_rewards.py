@@ -14,9 +14,9 @@ def near(completions: list[str], *, length: int, **columns: Any) -> list[float]:
     return [-float(abs(len(text.split()) - length)) for text in completions]
 
 
-def count(completions: list[str], *, letters: str, **columns: Any) -> list[float]:
-    """How many of these letters there are: what any text can have more of."""
-    return [float(sum(letter in letters for letter in text)) for text in completions]
+def different(completions: list[str], **columns: Any) -> list[float]:
+    """How many different words there are. Of the ideal text there is one, so each more is a wrong one."""
+    return [float(len(set(text.split()))) for text in completions]
 
 
 def ideal(completions: list[str], word: list[str], *, length: int, **columns: Any) -> list[float]:
