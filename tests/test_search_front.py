@@ -6,11 +6,15 @@ import pytest
 import torch
 from conftest import Tiny
 from safetensors.torch import load_file
-from search_factory import make_search
+from search_factory import make_search, search_config
 
 from rl_llm.runs import checkpoint
+from rl_llm.search.course import Course, Report
 from rl_llm.search.export import export_model, export_models, weights_of
+from rl_llm.search.following import Endings
 from rl_llm.search.front import Candidate, candidates, directions, in_conflict, make_front, objectives
+from rl_llm.search.ledger import DECISIONS, Ledger
+from rl_llm.search.plan import make_course, make_space
 from rl_llm.search.search import Search
 
 BASE = {"x": np.array([-1.0, 1.0, -1.0, 1.0]), "y": np.array([2.0, -2.0, 2.0, -2.0])}  # spreads 1 and 2
@@ -89,6 +93,26 @@ def test_policies_of_every_role_are_candidates_at_their_best(finished_search: Pa
     assert found[stopped.name].step == stopped.reports[-1].step
     assert found[stopped.name].model is None
     assert found["single-chrf"].model == finished_search / "trials" / "single-chrf" / "model"
+
+
+def gone_on(path: Path) -> Course:
+    """The course of a search that was killed, as its next start has it."""
+    config = search_config()
+    return make_course(config, make_space(config), [], Ledger(path / DECISIONS))
+
+
+def test_a_trial_that_failed_before_it_had_written_anything_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = make_search(tmp_path / "search", reports=4)
+    course = gone_on(path)
+    name = course.going[0].name
+    course.report(name, Report(0, 0, 0.0, [], {}, failed="reward chrf takes no argument 'nothing'"))
+    Endings().on_start(course, path)
+    search = Search(path)
+    assert [file.name for file in search.folder(name).iterdir()] == ["summary.json"]
+    assert "takes no argument" in search.report().read_text()
+    assert len(names(search.candidates)) == 4
+    assert name not in names(search.candidates)
+    assert search.trials.set_index("name").loc[name, "state"] == "failed"
 
 
 def test_a_model_is_exported_from_the_weights_of_a_run(tiny_run: Tiny, tmp_path: Path) -> None:

@@ -75,10 +75,10 @@ def candidates(files: SearchFiles) -> list[Candidate]:
     """Trials, controls, soups and finalists that have been evaluated, as far as the search has come."""
     found = []
     for entry in files.course.entries.values():
-        if entry.best is not None and files.folder(entry.name).is_dir():
-            step = evaluated_at(files, entry)
+        if entry.best is not None:
+            label = "soup" if entry.role == "soup" else "validation"
             try:
-                label = "soup" if entry.role == "soup" else "validation"
+                step = evaluated_at(files, entry)
                 _, values = prompt_values(files.run(entry.name).evaluated(label, step))
             except UserError:  # its directory is gone, or it never wrote one
                 continue

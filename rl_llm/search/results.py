@@ -219,7 +219,7 @@ def _stacked(files: SearchFiles, tables: Sequence[tuple[np.ndarray, dict[str, np
 
 def test_values(files: SearchFiles, entry: Entry) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
     """Prompt ids and values by metric of an entry's policy on the test split; None where it has not been tested."""
-    if entry.state not in OVER or not files.folder(entry.name).is_dir():
+    if entry.state not in OVER:
         return None
     try:
         return prompt_values(files.run(entry.name).evaluated("after"))
