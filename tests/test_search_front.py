@@ -15,6 +15,7 @@ from rl_llm.search.following import Endings
 from rl_llm.search.front import Candidate, candidates, directions, in_conflict, make_front, objectives
 from rl_llm.search.ledger import DECISIONS, Ledger
 from rl_llm.search.plan import make_course, make_space
+from rl_llm.search.report.charts import coordinates
 from rl_llm.search.search import Search
 
 BASE = {"x": np.array([-1.0, 1.0, -1.0, 1.0]), "y": np.array([2.0, -2.0, 2.0, -2.0])}  # spreads 1 and 2
@@ -113,6 +114,25 @@ def test_a_trial_that_failed_before_it_had_written_anything_is_in_nobodys_way(tm
     assert len(names(search.candidates)) == 4
     assert name not in names(search.candidates)
     assert search.trials.set_index("name").loc[name, "state"] == "failed"
+
+
+def test_a_trial_that_failed_after_an_evaluation_is_in_no_comparison(tmp_path: Path) -> None:
+    path = make_search(tmp_path / "search", reports=5)
+    best = Search(path).front.points[0].name
+    gone_on(path).fail(best, "its process has ended", again=False)
+    search = Search(path)
+    assert best not in names([*search.candidates, *search.front.points])
+    assert len(names(search.candidates)) == 4
+    chart = coordinates(search)
+    assert chart is not None
+    assert len(chart.data[0]["dimensions"][0]["values"]) == 4
+
+
+def test_a_control_that_failed_when_it_was_tested_is_in_no_table(finished_search: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(finished_search, tmp_path / "search")
+    assert "chrf alone" in str(Search(path).table())
+    gone_on(path).fail("single-chrf", "disk full", again=False)
+    assert "chrf alone" not in str(Search(path).table())
 
 
 def test_a_model_is_exported_from_the_weights_of_a_run(tiny_run: Tiny, tmp_path: Path) -> None:

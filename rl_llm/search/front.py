@@ -72,10 +72,10 @@ class Front:
 
 
 def candidates(files: SearchFiles) -> list[Candidate]:
-    """Trials, controls, soups and finalists that have been evaluated, as far as the search has come."""
+    """Trials, controls, soups and finalists that were evaluated and have not failed, as far as the search has come."""
     found = []
     for entry in files.course.entries.values():
-        if entry.best is not None:
+        if entry.best is not None and entry.state != "failed":
             label = "soup" if entry.role == "soup" else "validation"
             try:
                 step = evaluated_at(files, entry)

@@ -218,8 +218,8 @@ def _stacked(files: SearchFiles, tables: Sequence[tuple[np.ndarray, dict[str, np
 
 
 def test_values(files: SearchFiles, entry: Entry) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Prompt ids and values by metric of an entry's policy on the test split; None where it has not been tested."""
-    if entry.state not in OVER:
+    """Prompt ids and values by metric of a finished entry's policy on the test split; None where it was not tested."""
+    if entry.state != "done":
         return None
     try:
         return prompt_values(files.run(entry.name).evaluated("after"))

@@ -118,8 +118,8 @@ def _bounds(values: np.ndarray | None) -> list[float | None] | None:
 
 
 def coordinates(files: SearchFiles) -> Chart | None:
-    """Parallel coordinates: each trial a line through its knobs and its results."""
-    trials = [entry for entry in files.course.of("trial") if entry.best is not None]
+    """Parallel coordinates: each trial that has not failed a line through its knobs and its results."""
+    trials = [entry for entry in files.course.of("trial") if entry.best is not None and entry.state != "failed"]
     rows: list[dict[str, Any]] = []
     for entry in trials:
         best = entry.best
