@@ -302,12 +302,13 @@ def _writing(path: Path | None) -> Iterator[IO[str]]:
 
 @contextmanager
 def _to_go_on(command: list[str], path: Path) -> Iterator[None]:
-    """Where it is asked to stop, says with which command it goes on."""
+    """Where it is asked to stop, before its first step too, says with which command it goes on."""
     try:
         yield
-    except Interrupted as stopped:
+    except KeyboardInterrupt as stopped:
         resumed = shlex.join(["rl-llm", *command, "--output", str(path), "--resume"])
-        print(f"{stopped} in {path}; go on with: {resumed}")
+        how = stopped if isinstance(stopped, Interrupted) else "stopped at once"
+        print(f"{how} in {path}; go on with: {resumed}")
         raise typer.Exit(130) from None
 
 

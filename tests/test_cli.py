@@ -392,3 +392,13 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert run.stdout == ""
     assert run.stderr.splitlines()[0].startswith("error: no recipe 'quickstrat'; did you mean 'quickstart'?")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*given: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rl_llm.launch.training.prepare_base", interrupt)
+    said = command("train", "own.yaml", "--output", "run")
+    assert said.code == 130
+    assert said.out.endswith("stopped at once in run; go on with: rl-llm train own.yaml --output run --resume\n")

@@ -1,5 +1,7 @@
 """`rl-llm search` before anything has started."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,13 @@ import yaml
 from conftest import Command, refused
 
 import rl_llm
-from rl_llm.errors import UserError
+from rl_llm.errors import Interrupted, UserError
+from rl_llm.search import launching
+from rl_llm.search.config import load_search
+from rl_llm.search.following import Followers
+from rl_llm.search.launching import plan_search
+from rl_llm.search.ledger import DECISIONS, Ledger
+from rl_llm.search.plan import make_course
 
 SEARCH = {
     "recipe": "own.yaml", "run": {"trainer": {"steps": 18}}, "utility": {"match": 1},
@@ -69,6 +77,56 @@ def test_a_mistake_in_a_search_file_is_a_line_and_starts_nothing(
 
 def test_going_on_needs_to_know_where(command: Command) -> None:
     assert "--resume needs --output" in refused(command, "search", written(), "--resume")
+
+
+def interrupt(*given: Any, **more: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_what_a_search_has_come_to_is_in_its_summary_though_it_was_stopped_before_it_went_on(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = load_search(written()), Path("out")
+    space, plan = plan_search(config, {})
+    path.mkdir()
+    asked = make_course(config, space, [], Ledger(path / DECISIONS)).entries
+    monkeypatch.setattr(launching, "prepare_base", interrupt)
+    with pytest.raises(Interrupted, match="at once"):
+        launching._run(config, space, plan, path, Followers([], path))
+    before = json.loads((path / "summary.json").read_text())
+    assert before["trials"] == dict.fromkeys(asked, "going")
+
+    def refuse(*given: Any) -> str:
+        raise UserError("another base")
+
+    monkeypatch.setattr(launching, "prepare_base", refuse)
+    with pytest.raises(UserError, match="another base"):
+        launching._run(config, space, plan, path, Followers([], path))
+    assert json.loads((path / "summary.json").read_text()) == before
+
+
+@pytest.mark.parametrize("meanwhile", ["connected", "prepare_base", "prepare", "make_course"])
+def test_ctrl_c_before_the_first_trial_says_how_to_go_on(
+    command: Command, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """While Ray starts, the warm start or the base policy's evaluation is under way, and when all of that is done."""
+    file = written()
+    space, plan = plan_search(load_search(file), {})
+    monkeypatch.setattr(launching, "plan_search", lambda *given: (space, plan))
+    for name, instead in (("connected", lambda *given: nullcontext()), ("prepare", lambda *given: None)):
+        monkeypatch.setattr(launching, name, instead)
+    monkeypatch.setattr(launching, meanwhile, interrupt)
+    said = command("search", file, "--output", "out")
+    assert said.code == 130
+    assert "stopped at once" in said.out.splitlines()[-1]
+    assert said.out.endswith(" in out; go on with: rl-llm search which.yaml --output out --resume\n")
+    if meanwhile == "connected":  # nothing is there yet
+        assert not Path("out").exists()
+    else:
+        summary = json.loads(Path("out/summary.json").read_text())
+        assert (summary["status"], summary["trials"]) == ("interrupted", {})
+        assert Path("out/search.yaml").is_file()
+    launching.find_search(load_search(file), space, plan, Path("out"), resume=True)  # it would go on
 
 
 def test_a_search_from_python_takes_the_keys_of_a_file(command: Command) -> None:

@@ -177,20 +177,16 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
 def _run(search: SearchConfig, space: Space, plan: Plan, path: Path, followers: Followers) -> Search:
     for line in describe_search(search, space, plan):
         followers.message(line)
-    found, _ = checkpoint.find(path / BASE / "checkpoints")
-    base = prepare_base(plan, path / BASE, found, followers.message)
     write_text(path / SEARCH, write_yaml(resolved(search, space, plan)))
-    samples = search.forecast if _can_forecast(search, space, plan, followers.message) else 0
-    prepare(plan, base, path, samples, followers.message)
-    guesses = _guesses(search, space, plan, path, samples)
-    ledger = Ledger(path / DECISIONS)
-    followers.began_with(len(ledger.lines))
-    course = make_course(search, space, guesses, ledger)
-    followers.start(course)
     summary: dict[str, Any] = {"status": "failed", "reason": ""}
+    course = None
     try:
+        base, course = _begin(search, space, plan, path, followers)
         _go(search, plan, base, path, course, followers)
         summary["status"] = "finished"
+    except UserError:  # nothing was started, and how an earlier start has ended stands
+        summary.clear()
+        raise
     except Interrupted:
         summary |= {"status": "interrupted", "reason": "asked to stop"}
         raise
@@ -201,12 +197,29 @@ def _run(search: SearchConfig, space: Space, plan: Plan, path: Path, followers: 
         summary["reason"] = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
         raise
     finally:
-        summary["finalists"] = course.finalists or []
-        summary["trials"] = {entry.name: entry.state for entry in course.entries.values()}
-        write_summary(path, summary)
-        followers.end(summary)
-        _report(path, base if summary["status"] == "finished" else None, followers)
+        if summary:
+            reached = Search(path).course
+            summary["finalists"] = reached.finalists or []
+            summary["trials"] = {entry.name: entry.state for entry in reached.entries.values()}
+            write_summary(path, summary)
+        if summary and course is not None:
+            followers.end(summary)
+            _report(path, base if summary["status"] == "finished" else None, followers)
     return Search(path)
+
+
+def _begin(search: SearchConfig, space: Space, plan: Plan, path: Path, followers: Followers) -> tuple[str, Course]:
+    """What all trials share, made where it is not there yet: the base policy's folder, and the course where it is."""
+    found, _ = checkpoint.find(path / BASE / "checkpoints")
+    base = prepare_base(plan, path / BASE, found, followers.message)
+    samples = search.forecast if _can_forecast(search, space, plan, followers.message) else 0
+    prepare(plan, base, path, samples, followers.message)
+    guesses = _guesses(search, space, plan, path, samples)
+    ledger = Ledger(path / DECISIONS)
+    followers.began_with(len(ledger.lines))
+    course = make_course(search, space, guesses, ledger)
+    followers.start(course)
+    return base, course
 
 
 def _report(path: Path, base: str | None, followers: Followers) -> None:
