@@ -249,6 +249,14 @@ def test_a_search_of_which_every_trial_fails_has_failed_in_a_thread_too(
     assert re.search(r"every trial has failed; the first, t00: .*out of mood", str(raised[0]))
 
 
+def test_a_search_that_no_trial_has_room_for_is_refused_before_anything_is_made(tiny_run: Tiny, tmp_path: Path) -> None:
+    resources = {"num_learners": 1, "num_gpus_per_learner": 64, "wait_s": 0.1}
+    config = search(tiny_run, {"resources": resources})
+    with pytest.raises(UserError, match=r"within 0.1 s: .* missing GPU: 64\. Lower resources.num_learners"):
+        run_search(config, tmp_path / "search")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_with_another_search_is_refused_with_the_difference(
     whole: Path, config: SearchConfig, tmp_path: Path
 ) -> None:

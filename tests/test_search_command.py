@@ -105,22 +105,23 @@ def test_what_a_search_has_come_to_is_in_its_summary_though_it_was_stopped_befor
     assert json.loads((path / "summary.json").read_text()) == before
 
 
-@pytest.mark.parametrize("meanwhile", ["connected", "prepare_base", "prepare", "make_course"])
+@pytest.mark.parametrize("meanwhile", ["refuse_no_room", "prepare_base", "prepare", "make_course"])
 def test_ctrl_c_before_the_first_trial_says_how_to_go_on(
     command: Command, monkeypatch: pytest.MonkeyPatch, meanwhile: str
 ) -> None:
-    """While Ray starts, the warm start or the base policy's evaluation is under way, and when all of that is done."""
+    """While room is waited for, in the warm start or the base policy's evaluation, and when all of that is done."""
     file = written()
     space, plan = plan_search(load_search(file), {})
     monkeypatch.setattr(launching, "plan_search", lambda *given: (space, plan))
-    for name, instead in (("connected", lambda *given: nullcontext()), ("prepare", lambda *given: None)):
-        monkeypatch.setattr(launching, name, instead)
+    monkeypatch.setattr(launching, "connected", lambda *given: nullcontext())
+    for name in ("refuse_no_room", "prepare"):
+        monkeypatch.setattr(launching, name, lambda *given: None)
     monkeypatch.setattr(launching, meanwhile, interrupt)
     said = command("search", file, "--output", "out")
     assert said.code == 130
     assert "stopped at once" in said.out.splitlines()[-1]
     assert said.out.endswith(" in out; go on with: rl-llm search which.yaml --output out --resume\n")
-    if meanwhile == "connected":  # nothing is there yet
+    if meanwhile == "refuse_no_room":  # nothing is there yet
         assert not Path("out").exists()
     else:
         summary = json.loads(Path("out/summary.json").read_text())

@@ -36,7 +36,7 @@ from rl_llm.search.forecast import forecast
 from rl_llm.search.forecasting import TABLE
 from rl_llm.search.ledger import DECISIONS, Ledger
 from rl_llm.search.plan import check_search, evaluation_every, make_course, make_space, trials_of, utility_of
-from rl_llm.search.preparing import prepare
+from rl_llm.search.preparing import prepare, refuse_no_room
 from rl_llm.search.reader import BASE, SEARCH
 from rl_llm.search.samples import check_prompts
 from rl_llm.search.sampling import read_samples, samples_of
@@ -97,6 +97,7 @@ def run_search(
             (path / STOP).unlink(missing_ok=True)
             shutil.rmtree(path / STORAGE, ignore_errors=True)  # of a start that was killed
             with connected(plan.config.resources, search.concurrent or 1), terminable():
+                refuse_no_room(plan.config.resources)
                 return _run(search, space, plan, path, all_followers)
     finally:
         console.close()

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rl_llm.config import ResourcesConfig
 from rl_llm.launch.preflight import Plan, quiet_libraries
 from rl_llm.launch.record import Note, begin_record
 from rl_llm.rewards import SCORES
@@ -51,6 +52,11 @@ class Preparation:
         write_samples(sample_base(plan, base, count, print), path)
 
 
+def refuse_no_room(resources: ResourcesConfig) -> None:
+    """Raise `UserError` where there is no room for a trial within `resources.wait_s`; a cluster may grow meanwhile."""
+    Placement(resources, slot=True).remove()
+
+
 def prepare(plan: Plan, base: str, path: Path, samples: int, note: Note) -> None:
     """Measure the base policy and sample it where that has not been done.
 
@@ -68,10 +74,10 @@ def prepare(plan: Plan, base: str, path: Path, samples: int, note: Note) -> None
     if not sampled and resources.num_rollout_workers + resources.num_reward_workers:
         write_samples(sample_base(plan, base, samples, note), path / TABLE)
         sampled = True
+    if measured and sampled:
+        return
     room = Placement(resources, slot=True)
     try:
-        if measured and sampled:
-            return
         place = partial(Actor, resources.threads, room.bundle(HEAD, 0))
         worker: Any = Pool("preparation", Preparation, lambda index: place(), 1, max_attempts=1)
         try:
