@@ -47,11 +47,10 @@ def test_a_given_point_is_the_point() -> None:
     assert [searcher.ask(0, given) for searcher in (Random(of, 0), optuna(of), grid)] == [given] * 3
 
 
-def test_a_grid_comes_to_its_end() -> None:
+def test_a_grid_gives_every_combination_in_order() -> None:
     grid = Grid(space({"learner.epochs": {"grid": [1, 2]}, "learner.warmup_steps": {"choice": [0, 5]}}))
-    points = [grid.ask(number, None) for number in range(5)]
-    assert points[-1] is None
-    assert [tuple(point.values()) for point in points if point] == [(1, 0), (1, 5), (2, 0), (2, 5)]
+    points = [grid.ask(number, None) for number in range(4)]
+    assert [tuple(point.values()) for point in points] == [(1, 0), (1, 5), (2, 0), (2, 5)]
 
 
 @pytest.mark.parametrize("spec", [SIMPLEX, {"learner.lr": {"uniform": [0.1, 1]}}, {"learner.epochs": {"int": [1, 3]}}])
@@ -69,7 +68,6 @@ def feed(searcher: Optuna, until: int, objective: str = "utility") -> list[Point
         bracket = []
         for number in range(start, start + STARTUP):
             point = searcher.ask(number, None)
-            assert point is not None
             searcher.asked(number, point)
             bracket.append((number, point))
         for number, point in bracket:
@@ -152,7 +150,6 @@ def test_optuna_comes_nearer_to_the_best_weights_than_chance() -> None:
         searcher = optuna(of, seed=seed)
         for number in range(30):
             point = searcher.ask(number, None)
-            assert point is not None
             searcher.asked(number, point)
             searcher.tell(number, done(point, quality(point)))
             found.append((number, abs(point[W]["chrf"] - 0.6)))

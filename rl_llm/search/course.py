@@ -150,7 +150,6 @@ class Course:
         self.entries: dict[str, Entry] = {}
         self.slack: dict[int, float] = {}
         self.finalists: list[str] | None = None
-        self.exhausted = False
         for line in ledger.lines:
             self._apply(line)
         self._decide()
@@ -254,15 +253,12 @@ class Course:
                 return True
         trials = self.of("trial")
         number = len(trials)
-        if self.exhausted or number >= self.plan.trials:
+        if number >= self.plan.trials:
             return False
         if number % self.plan.bracket == 0 and any(not entry.told for entry in trials):
             return False
         source, given = self.plan.firsts[number] if number < len(self.plan.firsts) else ("", None)
         point = self.searcher.ask(number, given)
-        if point is None:
-            self._note(exhausted=number)
-            return True
         bracket = number // self.plan.bracket
         return self._asked(
             Entry(f"t{number:02d}", "trial", point, source=source or self.searcher.name, bracket=bracket)
@@ -323,8 +319,6 @@ class Course:
                 entry.state, entry.reason = "failed", line["reason"]
         elif "finalists" in line:
             self.finalists = line["finalists"]
-        elif "exhausted" in line:
-            self.exhausted = True
 
     def _apply_ask(self, line: dict[str, Any]) -> None:
         entry = Entry(line["ask"], **{key: line[key] for key in ASKED})

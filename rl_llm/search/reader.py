@@ -127,8 +127,8 @@ class _Deaf:
 
     name = ""
 
-    def ask(self, number: int, given: Point | None) -> Point | None:
-        return None
+    def ask(self, number: int, given: Point | None) -> Point:
+        raise NotImplementedError
 
     def asked(self, number: int, point: Point) -> None:
         pass

@@ -43,8 +43,8 @@ class Searcher(Protocol):
 
     name: str
 
-    def ask(self, number: int, given: Point | None) -> Point | None:
-        """The point of a trial: the given one, else its own; None where there are no more."""
+    def ask(self, number: int, given: Point | None) -> Point:
+        """The point of a trial: the given one, else its own."""
 
     def asked(self, number: int, point: Point) -> None:
         """The trial has this point, and is under way."""
@@ -71,12 +71,12 @@ class Random(_Deaf):
     def __init__(self, space: Space, seed: int) -> None:
         self.space, self.seed = space, seed
 
-    def ask(self, number: int, given: Point | None) -> Point | None:
+    def ask(self, number: int, given: Point | None) -> Point:
         return self.space.draw(stream(self.seed, Purpose.POINT, number)) if given is None else given
 
 
 class Grid(_Deaf):
-    """Every combination of listed values, in order.
+    """Every combination of listed values, in order: as many trials as there are of them.
 
     Raises:
         UserError: see `Space.grid`.
@@ -87,10 +87,8 @@ class Grid(_Deaf):
     def __init__(self, space: Space) -> None:
         self.points = space.grid()
 
-    def ask(self, number: int, given: Point | None) -> Point | None:
-        if given is not None:
-            return given
-        return self.points[number] if number < len(self.points) else None
+    def ask(self, number: int, given: Point | None) -> Point:
+        return self.points[number] if given is None else given
 
 
 class Optuna:
@@ -112,7 +110,7 @@ class Optuna:
         self._points: dict[int, Point] = {}
         self._outcomes: dict[int, Outcome] = {}
 
-    def ask(self, number: int, given: Point | None) -> Point | None:
+    def ask(self, number: int, given: Point | None) -> Point:
         if given is not None:
             return given
         with _quiet():

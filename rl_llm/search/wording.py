@@ -55,7 +55,7 @@ def decision_lines(line: dict[str, Any]) -> list[str]:
     if "finalists" in line:
         names = ", ".join(line["finalists"])
         return [f"finalists: {names}" if names else "no finalists"]
-    return ["the searcher has no more points"] if "exhausted" in line else []
+    return []
 
 
 def _asked(line: dict[str, Any]) -> str:
