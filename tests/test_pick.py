@@ -76,6 +76,11 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search without a utility whose models have answered already."""
     path = tmp_path_factory.mktemp("pick") / "search"
     make_search(path, utility=None, scheduler="none", finalists=0, trials=4, controls=False)
+    return with_answers(path)
+
+
+def with_answers(path: Path) -> Path:
+    """The search, with answers of every model of its front."""
     (path / "answers").mkdir()
     for place, one in enumerate(Search(path).front.points):
         for split in ("tune", "test"):
@@ -126,6 +131,18 @@ def test_piped_choices_become_a_utility_that_a_search_file_takes(
     )
     ranked = [line.split()[0] for line in out[out.index("the front by it") :].splitlines()[1:]]
     assert sorted(ranked) == sorted(one.name for one in search.front.points)
+
+
+def test_choices_between_models_of_a_ranked_search_change_nothing_of_what_ranked_them(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = with_answers(make_search(tmp_path / "search", trials=4, scheduler="none", controls=False))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    out = typed(command, monkeypatch, path, keys(path, 60), 60)
+    utility = read_yaml(out[out.index("utility:") :].split("\n\n")[0])["utility"]
+    assert utility["chrf"] > 0.4
+    after = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "picks.jsonl"}
+    assert after == before
 
 
 def test_choices_are_kept_and_gone_on_with(
