@@ -1,5 +1,6 @@
 """Searches on Ray Tune, whole, broken and stopped; nothing is left of them in a Ray that is somebody else's."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from searches import search
 from test_slot import alone
 from test_trainer import assert_same_record
 
+import rl_llm
 from rl_llm.config.yaml12 import write_yaml
 from rl_llm.errors import Interrupted, RunFailed, UserError
 from rl_llm.runs.jsonl import read_jsonl
@@ -109,10 +113,31 @@ def config(tiny_run: Tiny, tmp_path_factory: pytest.TempPathFactory) -> SearchCo
 
 
 @pytest.fixture(scope="module")
-def whole(config: SearchConfig, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "search"
-    run_search(config.model_copy(update={"concurrent": 1}), path, followers=())
-    return path
+def cell(
+    config: SearchConfig, ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[rl_llm.Search, str]:
+    """What a notebook's cell makes of it, where an event loop runs and the output is no file; and what it prints."""
+    settings = config.model_copy(update={"concurrent": 1}).model_dump(mode="json", exclude_none=True)
+
+    async def run() -> rl_llm.Search:
+        return rl_llm.search(output=tmp_path_factory.mktemp("whole") / "search", **settings)
+
+    with redirect_stdout(StringIO()) as said:
+        return asyncio.run(run()), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(cell: tuple[rl_llm.Search, str]) -> Path:
+    return cell[0].path
+
+
+def test_a_notebook_cell_searches(cell: tuple[rl_llm.Search, str]) -> None:
+    search, said = cell
+    assert search.status == "finished"
+    assert "<pre" in search._repr_html_()
+    told = [line.split()[0] for line in said.splitlines() if " utility " in line]
+    assert told == [line["report"] for line in lines(search.path) if "report" in line]
+    assert "\x1b" not in said
 
 
 def test_a_search_decides_as_its_complete_runs_say(whole: Path, config: SearchConfig, tmp_path: Path) -> None:
