@@ -219,6 +219,8 @@ def _begin(search: SearchConfig, space: Space, plan: Plan, path: Path, followers
     ledger = Ledger(path / DECISIONS)
     followers.began_with(len(ledger.lines))
     course = make_course(search, space, guesses, ledger)
+    # One of an earlier start would say of a search under way that it had ended.
+    (path / "summary.json").unlink(missing_ok=True)
     followers.start(course)
     return base, course
 
