@@ -302,6 +302,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learner.lr": {"uniform": [True, 2]}}, "write two numbers, [low, high], not [True, 2]"),
     ({"learner.lr": {"uniform": ["a", "b"]}}, "write two numbers"),
     ({"learner.epochs": {"int": [0.5, 2]}}, "bounds are whole numbers, not [0.5, 2]"),
+    (
+        {"learner.epochs": {"uniform": [1, 4]}, **LR},
+        "space.learner.epochs: {uniform: [1, 4]} draws numbers such as 2.5, and the setting takes whole ones; write "
+        "{int: [1, 4]}",
+    ),
+    ({"learner.epochs": {"loguniform": [1, 8]}}, "write {int: [1, 8]}"),
+    ({"rewards.components.vocab.args.n": {"uniform": [1, 3]}}, "write {int: [1, 3]}"),
     ({"learner.lr": {"lognormal": [0, 1]}}, "there is no 'lognormal'; did you mean 'loguniform'?"),
     ({"learner.lr": {"uniform": [0, 1], "int": [0, 1]}}, "write one of {simplex: ...}, {uniform: ...}"),
     ({"learner.lr": {"choice": []}}, "a list of values is needed, not []"),

@@ -23,6 +23,8 @@ WEIGHTS, COMPONENTS, CONTROLLER = "rewards.weights", "rewards.components", "rewa
 KINDS = ("simplex", "uniform", "loguniform", "int", "choice", "grid")
 COMBINATIONS = 256
 """Corners of a space that are tried in all their combinations; of more, each is tried by itself."""
+DRAWS = 4
+"""Points drawn that are checked beside the corners: between two bounds that will do are values that may not."""
 
 # Settings that all trials share, and why.
 _YARDSTICK = "trials would be measured by different yardsticks"
@@ -74,7 +76,8 @@ class Space:
         self.dimensions = {path: _dimension(path, kind, self.base) for path, kind in spec.items()}
         for point in self.corners():
             self.check(point)
-        self.draw(stream(0, Purpose.POINT))  # that there is enough to draw from
+        for number in range(DRAWS):
+            self._check_drawn(self.draw(stream(0, Purpose.POINT, number)))
 
     # Points.
 
@@ -213,6 +216,27 @@ class Space:
             for path, value in point.items():
                 self._build({path: value}, what)
             raise
+
+    def _check_drawn(self, point: Point) -> None:
+        """As `check`, and says where a number that was drawn should have been a whole one."""
+        try:
+            self.check(point)
+        except UserError:
+            for path, value in point.items():
+                number = self.dimensions[path]
+                if isinstance(number, Number) and not self._takes({path: value}) and self._takes({path: round(value)}):
+                    raise UserError(
+                        f"space.{path}: {number} draws numbers such as {value:.3g}, and the setting takes whole ones; "
+                        f"write {{int: [{number.low:g}, {number.high:g}]}}"
+                    ) from None
+            raise
+
+    def _takes(self, point: Point) -> bool:
+        try:
+            self._build(point, "space")
+        except UserError:
+            return False
+        return True
 
     def _build(self, point: Point, what: str) -> None:
         from rl_llm.launch.preflight import (  # with torch, which reading a search does not need
