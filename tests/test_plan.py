@@ -122,6 +122,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"searcher": "grid", "space": LR}, "space.learner.lr: searcher: grid tries listed values, and {loguniform"),
     ({"searcher": "grid", "space": GRID, "trials": 5}, "trials: 5, and the grid has 4 points: write trials: 4"),
     ({"searcher": "grid", "space": GRID, "trials": 3}, "trials: 3, and the grid has 4 points: write trials: 4"),
+    (
+        {"searcher": "grid", "space": {f"learner.{key}": {"grid": list(range(1, 60))} for key in ("lr", "epochs")}},
+        "space: the grid has 3481 points, and a search has 1000 trials at most",
+    ),
+    ({"trials": 10**8}, "trials: Input should be less than or equal to 1000 (given: 100000000)"),
     ({"searcher": "grid", "space": GRID, "trials": 4, "first": [{}]}, "first: searcher: grid tries all of its points"),
     ({"first": [{}, {"learner.lr": 1}]}, f"first[1].learner.lr: not of the space; known: {W}"),
     (

@@ -301,7 +301,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learner.lr": {"uniform": [0.1, float("inf")]}}, "write two numbers, [low, high], not [0.1, inf]"),
     ({"learner.lr": {"uniform": [True, 2]}}, "write two numbers, [low, high], not [True, 2]"),
     ({"learner.lr": {"uniform": ["a", "b"]}}, "write two numbers"),
-    ({"learner.epochs": {"int": [0.5, 2]}}, "bounds are whole numbers, not [0.5, 2]"),
+    ({"learner.lr": {"uniform": [0.1, 10**400]}}, "write two numbers, [low, high], not [0.1, 1000"),
+    ({"learner.lr": {"uniform": [-1.7e308, 1.7e308]}}, "too far apart to draw between them"),
+    ({"learner.epochs": {"int": [0.5, 2]}}, "bounds are whole numbers up to 2^53, not [0.5, 2]"),
+    ({"learner.epochs": {"int": [1, 10**19]}}, "bounds are whole numbers up to 2^53, not [1, 1e+19]"),
     (
         {"learner.epochs": {"uniform": [1, 4]}, **LR},
         "space.learner.epochs: {uniform: [1, 4]} draws numbers such as 2.5, and the setting takes whole ones; write "

@@ -10,6 +10,8 @@ from rl_llm.config.overrides import apply_override, explain
 from rl_llm.errors import UserError
 
 Direction = Literal["max", "min"]
+MOST_TRIALS = 1000
+"""Each decision looks at all of them."""
 
 
 class SearchConfig(Section):
@@ -23,7 +25,7 @@ class SearchConfig(Section):
     searcher: Literal["random", "grid", "optuna"] = "random"
     objectives: dict[str, Direction] = Field({}, description="metrics that optuna improves; default: the utility")
     scheduler: Literal["halving", "asha", "pbt", "none"] = "halving"
-    trials: int = Field(12, ge=1)
+    trials: int = Field(12, ge=1, le=MOST_TRIALS)
     tokens: int | None = Field(
         None, ge=1, description="generated tokens, evaluations included, that end a trial before its trainer.steps"
     )

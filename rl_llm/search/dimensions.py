@@ -1,5 +1,6 @@
 """What a path of a search's space may be: the weights of a simplex, a number within bounds, one of some values."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -292,8 +293,8 @@ def project(weights: np.ndarray, low: np.ndarray, high: np.ndarray, mass: float)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    """Whether it is a number that a float can be, finite, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _number(value: Any, where: str) -> float:

@@ -1,6 +1,8 @@
 """What varies in a search: points, and where they come from."""
 
 import copy
+import math
+import sys
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -13,6 +15,7 @@ from rl_llm.config.rewards import OF_THE_MIXTURE
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.rewards import Component
 from rl_llm.rng import Purpose, stream
+from rl_llm.search.config import MOST_TRIALS
 from rl_llm.search.dimensions import Axis, Choice, Dimension, Number, Simplex, is_number
 from rl_llm.values import to_json
 
@@ -21,6 +24,8 @@ Point = dict[str, Any]
 
 WEIGHTS, COMPONENTS, CONTROLLER = "rewards.weights", "rewards.components", "rewards.controller"
 KINDS = ("simplex", "uniform", "loguniform", "int", "choice", "grid")
+LARGEST = 2**53
+"""Of whole numbers: above it a float is not each of them."""
 COMBINATIONS = 256
 """Corners of a space that are tried in all their combinations; of more, each is tried by itself."""
 DRAWS = 4
@@ -128,7 +133,7 @@ class Space:
         """Every combination of the values of grids and choices, the last path varying fastest.
 
         Raises:
-            UserError: a dimension has no list of values.
+            UserError: a dimension has no list of values, or together they are too many.
         """
         for path, dimension in self.dimensions.items():
             if isinstance(dimension, Simplex):
@@ -142,6 +147,9 @@ class Space:
                     f"space.{path}: searcher: grid tries listed values, and {dimension} lists none; write {{grid: "
                     f"[{dimension.low:g}, {dimension.high:g}]}} with those between, or take searcher: random"
                 )
+        points = math.prod(len(dimension.corners()) for dimension in self.dimensions.values())
+        if points > MOST_TRIALS:
+            raise UserError(f"space: the grid has {points} points, and a search has {MOST_TRIALS} trials at most")
         return self._combinations()
 
     def _combinations(self) -> list[Point]:
@@ -333,8 +341,8 @@ def _dimension(path: str, spec: Any, base: RunConfig) -> Dimension:
     low, high = _bounds(given, f"{where}.{kind}")
     if kind == "loguniform" and low <= 0:
         raise UserError(f"{where}.loguniform: the logarithm of {low:g} is none; both bounds have to be above 0")
-    if kind == "int" and (low != int(low) or high != int(high)):
-        raise UserError(f"{where}.int: bounds are whole numbers, not [{low:g}, {high:g}]")
+    if kind == "int" and (low != int(low) or high != int(high) or max(-low, high) > LARGEST):
+        raise UserError(f"{where}.int: bounds are whole numbers up to 2^53, not [{low:g}, {high:g}]")
     return Number(low, high, log=kind == "loguniform", whole=kind == "int")
 
 
@@ -344,6 +352,8 @@ def _bounds(given: Any, where: str) -> tuple[float, float]:
     low, high = map(float, given)
     if low > high:
         raise UserError(f"{where}: the bounds are the wrong way round; write [{high:g}, {low:g}]")
+    if high - low > sys.float_info.max:
+        raise UserError(f"{where}: {low:g} and {high:g} are too far apart to draw between them")
     if low == high:
         raise UserError(f"{where}: low and high are both {low:g}, and nothing varies; set it under run instead")
     return low, high
