@@ -66,6 +66,7 @@ def test_a_grid_says_how_many_trials_it_has(command: Command) -> None:
         ({"run": {"trainer": {"steps": 4}}}, "run.trainer.steps=9"),
         ({"run": {"trainer": {"steps": 9}, "policy": {"model": "nowhere"}}}, "no folder nowhere"),
         ({"trails": 3}, "trails"),
+        ({"forecast": 7}, "forecast: so few samples a prompt tell nothing; take 8 or more, or 0 for none (given: 7)"),
     ],
 )
 def test_a_mistake_in_a_search_file_is_a_line_and_starts_nothing(

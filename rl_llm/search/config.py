@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from rl_llm.config import RunConfig, Section, build_config, expand, read_config
 from rl_llm.config.overrides import apply_override, explain
 from rl_llm.errors import UserError
+from rl_llm.search.samples import LEAST_SAMPLES
 
 Direction = Literal["max", "min"]
 MOST_TRIALS = 1000
@@ -55,6 +56,13 @@ class SearchConfig(Section):
                     "and easy components would win; name metrics, each with a weight of its own"
                 )
         return names
+
+    @field_validator("forecast")
+    @classmethod
+    def _enough(cls, samples: int) -> int:
+        if 0 < samples < LEAST_SAMPLES:
+            raise ValueError(f"so few samples a prompt tell nothing; take {LEAST_SAMPLES} or more, or 0 for none")
+        return samples
 
     @model_validator(mode="after")
     def _consistent(self) -> "SearchConfig":
