@@ -29,12 +29,39 @@ def test_the_first_points_hold_the_users_equal_weights_the_forecasts_and_each_fa
         "first", "equal", "forecast", "forecast", "without chrf", "without length",
     ]  # fmt: skip
     assert points[0][1] == {**weights(0.8, 0.1, 0.1), "learner.lr": 1e-4}
-    assert points[1][1] == weights(1 / 3, 1 / 3, 1 / 3)
+    assert points[1][1] == {**weights(1 / 3, 1 / 3, 1 / 3), "learner.lr": 1e-5}
     # The face without vocab is what the forecast proposed first, and is tried once.
-    assert points[4][1] == weights(0, 0.5, 0.5)
+    assert points[4][1] == {**weights(0, 0.5, 0.5), "learner.lr": 1e-5}
     assert len(first_points(make_search(trials=2), make_space(search), guessed)) == 2
     sources = [entry.source for entry in make_course(search, make_space(search), guessed, Ledger()).of("trial")]
     assert sources == [source for source, _ in points] + ["random"] * 6
+
+
+def test_first_points_are_of_the_space_in_what_they_do_not_name() -> None:
+    varied = {
+        **SIMPLEX,
+        "learner.lr": {"loguniform": [1e-4, 1e-3]},
+        "learner.epochs": {"int": [1, 3]},
+        "rewards.combine": {"choice": ["normalize_then_sum"]},
+    }
+    search = make_search(space=varied, run={"learner": {"lr": 5e-5, "epochs": 2}}, first=[{"learner.epochs": 3}])
+    space = make_space(search)
+    points = [point for _, point in first_points(search, space, [])]
+    assert [space.read(point, "first") for point in points] == points
+    # The run's own epochs, the rate nearest to its own, and one of the ways of combining, of which its own is none.
+    others = [{path: value for path, value in point.items() if path != W} for point in points]
+    expected = {"learner.lr": 1e-4, "learner.epochs": 2, "rewards.combine": "normalize_then_sum"}
+    assert others == [{**expected, "learner.epochs": 3}, *[expected] * 4]
+
+
+def test_first_members_of_a_population_differ_in_what_they_do_not_name() -> None:
+    varied = {**SIMPLEX, **LR, "algorithm.kl.coef": {"loguniform": [1e-3, 1e-1]}}
+    search = make_search(space=varied, scheduler="pbt", trials=8, first=[{"learner.lr": 2e-4}])
+    space = make_space(search)
+    points = [point for _, point in first_points(search, space, [])]
+    assert [space.read(point, "first") for point in points] == points
+    assert points[0]["learner.lr"] == 2e-4
+    assert len({point["learner.lr"] for point in points}) == len({point["algorithm.kl.coef"] for point in points}) == 5
 
 
 def test_a_forecasts_point_is_put_into_the_space() -> None:

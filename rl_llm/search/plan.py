@@ -5,6 +5,7 @@ from itertools import combinations_with_replacement
 
 from rl_llm.config import TOKENS, UTILITY, RunConfig
 from rl_llm.errors import UserError, did_you_mean
+from rl_llm.rng import Purpose, stream
 from rl_llm.search.config import SearchConfig, run_settings
 from rl_llm.search.course import Course, Entry, Plan
 from rl_llm.search.ledger import Ledger
@@ -79,7 +80,9 @@ def evaluation_every(search: SearchConfig, run: RunConfig) -> int:
 def first_points(search: SearchConfig, space: Space, forecast: Sequence[Point]) -> list[tuple[str, Point]]:
     """(source, point) pairs that are tried before the searcher's own, each once, at most as many as there are trials.
 
-    The user's own come first; then equal weights, the forecast's, and each face of the simplex. A grid has none.
+    The user's own come first; then equal weights, the forecast's, and each face of the simplex. A grid has none. Paths
+    that these do not name have the run's own value, or the nearest of the space. Where none is near they are drawn as
+    the searcher's would be, and for population-based training always: it lives on members that differ.
 
     Raises:
         UserError: a point of the user's is not of the space.
@@ -91,10 +94,14 @@ def first_points(search: SearchConfig, space: Space, forecast: Sequence[Point]) 
     near = [{path: space.dimensions[path].nearest(value) for path, value in point.items()} for point in forecast]
     guessed = [("forecast", point) for point in near if None not in point.values()]
     faces = [(f"without {name}", point) for name, point in space.faces().items()]
+    own = {} if search.scheduler == "pbt" else space.nearest({})
     kept: list[tuple[str, Point]] = []
     for source, point in [*given, *equal, *guessed, *faces]:
-        if point not in [other for _, other in kept]:
-            kept.append((source, point))
+        drawn = space.draw(stream(search.seed, Purpose.POINT, len(kept)))
+        others = {path: drawn[path] if own.get(path) is None else own[path] for path in drawn}
+        whole = {**others, **point}
+        if whole not in [other for _, other in kept]:
+            kept.append((source, whole))
     return kept[: search.trials]
 
 

@@ -110,7 +110,7 @@ class Space:
         return {path: dim.nearest(point.get(path, self._own(path))) for path, dim in self.dimensions.items()}
 
     def read(self, point: Mapping[str, Any], where: str) -> Point:
-        """A point that somebody gives; paths that it leaves out have the run's own value.
+        """A point that somebody gives, as far as it goes.
 
         Raises:
             UserError: a path or a value that is not of the space.
@@ -156,7 +156,7 @@ class Space:
         values = [dimension.corners() for dimension in self.dimensions.values()]
         return [dict(zip(self.dimensions, combination, strict=True)) for combination in product(*values)]
 
-    # Points of the simplex; other paths have the run's own value.
+    # Weights of the simplex; other paths are not named.
 
     @property
     def simplex(self) -> Simplex | None:
