@@ -10,6 +10,7 @@ from rl_llm.search.config import run_of
 from rl_llm.search.course import Entry
 from rl_llm.search.ledger import Ledger
 from rl_llm.search.plan import evaluation_every, first_points, make_course, make_space, soups
+from rl_llm.search.wording import policy_of, title_of
 
 W = "rewards.weights"
 LR = {"learner.lr": {"loguniform": [1e-5, 1e-3]}}
@@ -103,6 +104,28 @@ def test_controls_are_equal_weights_on_the_finalists_seeds_and_singles_on_one() 
     assert course_of(make_search(controls=False)).of("control") == []
     alone = course_of(make_search(finalists=0, seeds=3))
     assert [entry.name for entry in alone.of("control")][:2] == ["equal-s1", "single-chrf"]
+
+
+def test_controls_are_called_what_they_are() -> None:
+    def titles(simplex: Any, **weighed: float) -> list[str]:
+        rewards = {"components": ["chrf", "length", "vocab"], "weights": weighed}
+        course = course_of(make_search(space={W: {"simplex": simplex}}, run={"rewards": rewards}))
+        assert course.of("trial")[0].source == course.of("control")[0].source
+        return [title_of(policy_of(entry)) for entry in course.of("control")]
+
+    two = ["chrf", "length"]
+    assert titles([*two, "vocab"])[:2] == ["equal weights", "chrf alone"]
+    assert titles(two, vocab=0) == ["equal weights", "chrf alone", "length alone"]
+    assert titles(two, vocab=2) == ["the evenest mixture", "only chrf of the simplex", "only length of the simplex"]
+    assert titles(two, vocab=0.5) == ["equal weights", "only chrf of the simplex", "only length of the simplex"]
+    # All weight on one member goes beyond the bounds.
+    assert titles({"chrf": [0, 1], "length": [0, 1], "vocab": 0.2})[::3] == ["the evenest mixture", "vocab alone"]
+    course = course_of(make_search(space={W: {"simplex": two}}))
+    assert course.plan.soups(course.of("control"))[0].point.keys() == {"only-chrf", "only-length"}
+    bounded = make_search(space={W: {"simplex": {"chrf": [0.2, 1], "length": [0, 1]}}})
+    assert [source for source, _ in first_points(bounded, make_space(bounded), [])][1:] == [
+        "least chrf", "without length",
+    ]  # fmt: skip
 
 
 def test_soups_are_a_lattice_without_its_corners() -> None:

@@ -2,18 +2,26 @@
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
+from typing import Any
 
 from rl_llm.config import TOKENS, UTILITY, RunConfig
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.rng import Purpose, stream
 from rl_llm.search.config import SearchConfig, run_settings
 from rl_llm.search.course import Course, Entry, Plan
+from rl_llm.search.dimensions import is_number
 from rl_llm.search.ledger import Ledger
 from rl_llm.search.schedulers import make_scheduler, rungs
 from rl_llm.search.searchers import STARTUP, make_searcher
-from rl_llm.search.space import Point, Space
+from rl_llm.search.space import WEIGHTS, Point, Space, put
+from rl_llm.values import to_json
 
-SINGLE = "single-"
+EQUAL, EVENEST, RECIPE = "equal", "evenest", "recipe"
+CONTROLS = (EQUAL, EVENEST, RECIPE)
+"""Sources of the control that finalists are compared with: equal weights; the simplex's mixture nearest to them, where
+bounds or components outside it leave no equal ones; the run as it was configured, where there is no simplex."""
+SINGLE, ONLY = "single-", "only-"
+"""How names of controls begin that have one member of the simplex: by itself, or beside components outside it."""
 # Denominator of the shares that soups have of single-reward models, by how many of these there are.
 _DENOMINATORS = {2: 4, 3: 3}
 
@@ -90,10 +98,12 @@ def first_points(search: SearchConfig, space: Space, forecast: Sequence[Point]) 
     if search.searcher == "grid":
         return []
     given = [("first", space.read(point, f"first[{i}]")) for i, point in enumerate(search.first)]
-    equal = [("equal", space.equal())] if space.simplex else []
+    equal = [(_equal(space), space.equal())] if space.simplex else []
     near = [{path: space.dimensions[path].nearest(value) for path, value in point.items()} for point in forecast]
     guessed = [("forecast", point) for point in near if None not in point.values()]
-    faces = [(f"without {name}", point) for name, point in space.faces().items()]
+    faces = [
+        (f"{'least' if point[WEIGHTS][name] else 'without'} {name}", point) for name, point in space.faces().items()
+    ]
     own = {} if search.scheduler == "pbt" else space.nearest({})
     kept: list[tuple[str, Point]] = []
     for source, point in [*given, *equal, *guessed, *faces]:
@@ -140,10 +150,25 @@ def make_course(search: SearchConfig, space: Space, forecast: Sequence[Point], l
 def _controls(space: Space, seeds: list[int]) -> list[Entry]:
     """Equal weights on the finalists' seeds and each single reward on one; without a simplex the run as it is."""
     if space.simplex is None:
-        return [Entry(f"recipe-s{seed}", "control", {}, seed, source="recipe") for seed in seeds]
-    equal = [Entry(f"equal-s{seed}", "control", space.equal(), seed, source="equal") for seed in seeds]
-    singles = space.singles().items()
-    return [*equal, *(Entry(SINGLE + name, "control", point, seeds[0], source=name) for name, point in singles)]
+        return [Entry(f"{RECIPE}-s{seed}", "control", {}, seed, source=RECIPE) for seed in seeds]
+    source = _equal(space)
+    equal = [Entry(f"{source}-s{seed}", "control", space.equal(), seed, source=source) for seed in seeds]
+    singles = [
+        Entry((SINGLE if len(_counting(space, point)) == 1 else ONLY) + name, "control", point, seeds[0], source=name)
+        for name, point in space.singles().items()
+    ]
+    return [*equal, *singles]
+
+
+def _equal(space: Space) -> str:
+    """What the most equal weights of the simplex are."""
+    counting = _counting(space, space.equal())
+    return EQUAL if len({round(w, 9) if is_number(w) else to_json(w) for w in counting}) == 1 else EVENEST
+
+
+def _counting(space: Space, point: Point) -> list[Any]:
+    """The weights that are not 0 in a run at a point, those of components outside the simplex included."""
+    return [weight for weight in put(space.settings, point)["rewards"]["weights"].values() if weight != 0]
 
 
 def soups(done: Sequence[Entry]) -> list[Entry]:
@@ -152,7 +177,7 @@ def soups(done: Sequence[Entry]) -> list[Entry]:
     Args:
         done: controls; their names become those of the points.
     """
-    names = [entry.name for entry in done if entry.name.startswith(SINGLE)]
+    names = [entry.name for entry in done if entry.name.startswith((SINGLE, ONLY))]
     parts = _DENOMINATORS.get(len(names), 2)
     mixed = [drawn for drawn in combinations_with_replacement(names, parts) if len(set(drawn)) > 1]
     return [

@@ -16,8 +16,9 @@ from rl_llm.runs.results import Interval, html_of, interval_text
 from rl_llm.runs.text import aligned, short
 from rl_llm.search.compare import as_interval, holm, mean_of, over_seeds, p_value, paired
 from rl_llm.search.course import OVER, Entry
+from rl_llm.search.plan import CONTROLS
 from rl_llm.search.reader import SearchFiles, prompt_values
-from rl_llm.search.wording import EQUAL, RECIPE, knobs, point_text, policy_of, title_of
+from rl_llm.search.wording import knobs, point_text, policy_of, title_of
 
 ALPHA = 0.05
 
@@ -132,7 +133,7 @@ def table_of(files: SearchFiles) -> SearchTable:
         if entry.role == "control":
             groups.setdefault(policy_of(entry), []).append(entry)
     tested = [one for name, entries in groups.items() if (one := _tested(files, name, entries)) is not None]
-    control = next((name for name in (EQUAL, RECIPE) if any(one.policy == name for one in tested)), None)
+    control = next((name for name in CONTROLS if any(one.policy == name for one in tested)), None)
     finalists = [one for one in tested if one.role == "finalist"]
     if control is not None and files.utility is not None:
         theirs = next(one for one in tested if one.policy == control)

@@ -5,16 +5,13 @@ from typing import Any
 
 from rl_llm.runs.text import is_number, short
 from rl_llm.search.course import Entry
-from rl_llm.search.plan import SINGLE
+from rl_llm.search.plan import CONTROLS, EQUAL, EVENEST, ONLY, RECIPE, SINGLE
 from rl_llm.search.space import Point
-
-EQUAL, RECIPE = "equal", "recipe"
-"""Sources of the control that finalists are compared with: equal weights, or the run as it was configured."""
 
 
 def policy_of(entry: Entry) -> str:
     """What an entry is a run of, whichever its seed: the trial of a finalist, the control that is run on many seeds."""
-    several = entry.role == "finalist" or entry.source in (EQUAL, RECIPE)
+    several = entry.role == "finalist" or entry.source in CONTROLS
     return entry.source if several and entry.role != "trial" else entry.name
 
 
@@ -22,7 +19,9 @@ def title_of(policy: str) -> str:
     """The name of a policy as people read it."""
     if policy.startswith(SINGLE):
         return f"{policy.removeprefix(SINGLE)} alone"
-    return {EQUAL: "equal weights", RECIPE: "the recipe as it is"}.get(policy, policy)
+    if policy.startswith(ONLY):
+        return f"only {policy.removeprefix(ONLY)} of the simplex"
+    return {EQUAL: "equal weights", EVENEST: "the evenest mixture", RECIPE: "the recipe as it is"}.get(policy, policy)
 
 
 def knobs(point: Point) -> Iterator[tuple[str, Any]]:

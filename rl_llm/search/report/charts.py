@@ -14,9 +14,10 @@ from rl_llm.runs.text import is_number, printable
 from rl_llm.search.compare import over_seeds
 from rl_llm.search.course import Entry
 from rl_llm.search.front import Candidate, directions, in_conflict, non_dominated, objectives, pairs
+from rl_llm.search.plan import CONTROLS
 from rl_llm.search.reader import SearchFiles
 from rl_llm.search.space import WEIGHTS, Point
-from rl_llm.search.wording import EQUAL, knobs, point_text, policy_of, title_of
+from rl_llm.search.wording import knobs, point_text, policy_of, title_of
 
 INK = "#1c2430"
 FAR_APART = 50.0  # a knob whose largest value is so many times its smallest is drawn on a logarithmic axis
@@ -185,7 +186,8 @@ def _dimension(name: str, values: list[Any]) -> dict[str, Any] | None:
 def curves(files: SearchFiles) -> Chart | None:
     """Learning curves of all trials, over steps or tokens, in the utility or a metric; where each was stopped."""
     entries = [entry for entry in files.course.of("trial") if entry.reports]
-    control = next((entry for entry in files.course.of("control") if entry.source == EQUAL and entry.reports), None)
+    controls = [entry for entry in files.course.of("control") if entry.source in CONTROLS and entry.reports]
+    control = controls[0] if controls else None
     metrics = ([UTILITY] if files.utility else []) + list(objectives(files))
     if not entries or not metrics:
         return None
@@ -220,8 +222,10 @@ def curves(files: SearchFiles) -> Chart | None:
     }
     note = (
         "tune split; a trial's last mark says what became of it: a dot for one that is done, a cross for one that was "
-        "stopped or failed (point at it for the reason); in colour: finalists; dashed: equal weights"
+        "stopped or failed (point at it for the reason); in colour: finalists"
     )
+    if control:
+        note += f"; dashed: {title_of(control.source)}"
     return Chart("Learning curves", note, data, layout, wide=True)
 
 
