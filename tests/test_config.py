@@ -36,6 +36,7 @@ def complaint(*overrides: str, **sections: Any) -> list[str]:
         ("rewards.weights.chr=1", "weights.chr: no such component; did you mean 'chrf'?"),
         ("learner.lr=fast", "learner.lr: Input should be a valid number"),
         ("learner.lr=.inf", "learner.lr: Input should be a finite number"),
+        ("trainer.steps=true", "trainer.steps: a number is needed, not true or false (given: True)"),
         ("learner.lr=-1", "learner.lr: Input should be greater than 0 (given: -1)"),
         ("trainer.steps=1.5", "trainer.steps: Input should be a valid integer"),
         ("trainer=5", "trainer: a section is needed here, with keys such as steps, seed (given: 5)"),

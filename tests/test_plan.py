@@ -43,16 +43,16 @@ def test_first_points_are_of_the_space_in_what_they_do_not_name() -> None:
         **SIMPLEX,
         "learner.lr": {"loguniform": [1e-4, 1e-3]},
         "learner.epochs": {"int": [1, 3]},
-        "rewards.combine": {"choice": ["normalize_then_sum"]},
+        "learner.minibatches": {"choice": [2, 4]},
     }
     search = make_search(space=varied, run={"learner": {"lr": 5e-5, "epochs": 2}}, first=[{"learner.epochs": 3}])
     space = make_space(search)
     points = [point for _, point in first_points(search, space, [])]
     assert [space.read(point, "first") for point in points] == points
-    # The run's own epochs, the rate nearest to its own, and one of the ways of combining, of which its own is none.
-    others = [{path: value for path, value in point.items() if path != W} for point in points]
-    expected = {"learner.lr": 1e-4, "learner.epochs": 2, "rewards.combine": "normalize_then_sum"}
-    assert others == [{**expected, "learner.epochs": 3}, *[expected] * 4]
+    # The run's own epochs, the rate nearest to its own, and any number of minibatches, of which its own is none.
+    assert [point["learner.epochs"] for point in points] == [3, 2, 2, 2, 2]
+    assert {point["learner.lr"] for point in points} == {1e-4}
+    assert {point["learner.minibatches"] for point in points} == {2, 4}
 
 
 def test_first_members_of_a_population_differ_in_what_they_do_not_name() -> None:
@@ -178,6 +178,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"trials": 10**8}, "trials: Input should be less than or equal to 1000 (given: 100000000)"),
     ({"searcher": "grid", "space": GRID, "trials": 4, "first": [{}]}, "first: searcher: grid tries all of its points"),
+    ({"space": {"learner.lr": {"grid": [0.1, 0.2]}}}, "space.learner.lr.grid: only searcher: grid goes through it"),
+    ({"first": [{}] * 7}, "first: 7 points, and there are 6 trials"),
+    ({"finalists": 7}, "finalists: 7 of 6 trials; take finalists: 6 or fewer"),
+    ({"trials": True}, "trials: a number is needed, not true or false (given: True)"),
+    ({"tokens": False}, "tokens: a number is needed, not true or false"),
     ({"first": [{}, {"learner.lr": 1}]}, f"first[1].learner.lr: not of the space; known: {W}"),
     (
         {"scheduler": "pbt", "space": {"learner.epochs": {"int": [1, 3]}}},

@@ -136,11 +136,11 @@ def test_optuna_is_told_of_several_objectives() -> None:
 
 
 def test_given_points_enter_the_study_and_those_it_cannot_have_do_not() -> None:
-    of = space({"learner.lr": {"loguniform": [1e-5, 1e-3]}, "rewards.combine": {"choice": ["normalize_then_sum"]}})
+    of = space({"learner.lr": {"loguniform": [1e-5, 1e-3]}, "learner.epochs": {"choice": [2, 3]}})
     searcher = optuna(of)
-    searcher.asked(0, {"learner.lr": 1e-4, "rewards.combine": "normalize_then_sum"})
-    searcher.asked(1, {"learner.lr": 1e-4})  # combines as the run does, which is not of the space
-    assert [trial.params for trial in searcher._study(2).trials] == [{"learner.lr": 1e-4, "rewards.combine": 0}]
+    searcher.asked(0, {"learner.lr": 1e-4, "learner.epochs": 3})
+    searcher.asked(1, {"learner.lr": 1e-4})  # the run's own epochs are not of the space
+    assert [trial.params for trial in searcher._study(2).trials] == [{"learner.lr": 1e-4, "learner.epochs": 1}]
 
 
 def test_optuna_comes_nearer_to_the_best_weights_than_chance() -> None:

@@ -276,6 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # Simplexes.
     ({"learner.betas": {"simplex": ["chrf", "length"]}}, f"a simplex is of reward weights; write it at {W}"),
     ({W: {"simplex": ["chrf", "lenght"]}}, "no component 'lenght'; did you mean 'length'?"),
+    ({W: {"simplex": ["chrf", "chrf", "length"]}}, "simplex: chrf stands there 2 times; name each component once"),
     ({W: {"simplex": ["chrf"]}}, "one weighting is all it holds; at least two components have to vary"),
     ({W: {"simplex": []}}, "the highest weights add up to 0"),
     ({W: {"simplex": {"chrf": 0.5, "length": [0, 1]}}}, "one weighting is all it holds"),
@@ -314,6 +315,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rewards.components.vocab.args.n": {"uniform": [1, 3]}}, "write {int: [1, 3]}"),
     ({"learner.lr": {"lognormal": [0, 1]}}, "there is no 'lognormal'; did you mean 'loguniform'?"),
     ({"learner.lr": {"uniform": [0, 1], "int": [0, 1]}}, "write one of {simplex: ...}, {uniform: ...}"),
+    ({"learner.lr": {"choice": [0.1, 0.1]}}, "choice: 0.1 is the only value, and nothing varies; set it under run"),
     ({"learner.lr": {"choice": []}}, "a list of values is needed, not []"),
     ({"learner.lr": {"grid": 0.1}}, "a list of values is needed, not 0.1"),
     # What the config refuses.
@@ -328,10 +330,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "space: learner.minibatches=50: learner.minibatches 50: a minibatch takes whole",
     ),
     (
-        {"rewards.components.length.args.tolerence": {"choice": [1]}},
+        {"rewards.components.length.args.tolerence": {"choice": [1, 2]}},
         "component 'length' has no argument 'tolerence'; did you mean 'tolerance'?",
     ),
-    ({"rewards.components.length.clip": {"choice": [[1, 0]]}}, "clip must be [low, high]"),
+    ({"rewards.components.length.clip": {"choice": [[1, 0], None]}}, "clip must be [low, high]"),
     ({f"{W}.{name}": {"choice": [0, 1]} for name in ("chrf", "length", "vocab")}, "all reward weights are 0"),
 ]
 
@@ -356,7 +358,7 @@ FIRST: list[tuple[dict[str, Any], str]] = [
     ({"learner.lrs": 1}, "first.learner.lrs: not of the space; did you mean 'learner.lr'?"),
     ({"learner.lr": 1}, "first.learner.lr: 1 is not of its space, {loguniform: [1e-05, 0.001]}"),
     ({"learner.lr": "high"}, "first.learner.lr: a number is needed, not 'high'"),
-    ({"rewards.combine": "sum"}, 'first.rewards.combine: "sum" is none of its values, ["sum_then_normalize"]'),
+    ({"rewards.combine": "sum"}, 'first.rewards.combine: "sum" is none of its values, ["sum_then_normalize", '),
     ({W: {"chrf": 0.7}}, f"first.{W}: length is missing"),
     ({W: {"chrf": 0.6, "length": 0.5}}, f"first.{W}.length: 0.5 is not within its bounds, 0 to 0.4"),
     ({W: {"chrf": 0.6, "length": 0.3}}, "weights of a simplex add up to 1, and these to 0.9"),
@@ -371,7 +373,7 @@ def test_a_given_point_is_of_the_space(point: dict[str, Any], said: str) -> None
         {
             **LR,
             W: {"simplex": {"chrf": [0, 1], "length": [0, 0.4]}},
-            "rewards.combine": {"choice": ["sum_then_normalize"]},
+            "rewards.combine": {"choice": ["sum_then_normalize", "normalize_then_sum"]},
         }
     )
     assert of.read({W: {"chrf": 0.7, "length": 0.3}}, "first") == {W: pytest.approx({"chrf": 0.7, "length": 0.3})}

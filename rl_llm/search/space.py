@@ -335,6 +335,10 @@ def _dimension(path: str, spec: Any, base: RunConfig) -> Dimension:
             raise UserError(f"{where}.{kind}: a list of values is needed, not {to_json(given)}")
         if path == WEIGHTS and not all(isinstance(value, dict) for value in given):
             raise UserError(f"{where}.{kind}: write weights by component, [{{chrf: 1, length: 0.5}}, ...]")
+        if kind == "choice" and len(set(map(to_json, given))) < 2:
+            raise UserError(
+                f"{where}.choice: {to_json(given[0])} is the only value, and nothing varies; set it under run instead"
+            )
         return Choice(tuple(given))
     if path == WEIGHTS:
         raise UserError(f"{where}: weights of several components are a simplex or a choice; {kind} is of {path}.<name>")
@@ -363,7 +367,11 @@ def _simplex(path: str, given: Any, base: RunConfig) -> Simplex:
     where = f"space.{path}.simplex"
     if path != WEIGHTS:
         raise UserError(f"{where}: a simplex is of reward weights; write it at {WEIGHTS}")
-    members = {str(name): [0, 1] for name in given} if isinstance(given, list) else given
+    names = list(map(str, given)) if isinstance(given, list) else []
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: {name} stands there {names.count(name)} times; name each component once")
+    members = {name: [0, 1] for name in names} if isinstance(given, list) else given
     if not isinstance(members, dict):
         raise UserError(f"{where}: write components, [chrf, length], or bounds of each, not {to_json(given)}")
     for name in members:
