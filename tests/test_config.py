@@ -269,8 +269,8 @@ def test_no_such_recipe_or_file(source: str, expected: str) -> None:
     [
         ("task: [a\nrewards: b", "not valid YAML"),
         ("task:\n\tdata: x", "not valid YAML"),
-        ("- chrf\n- length", "sections such as 'task:' and 'rewards:' are needed, found list"),
-        ("", "sections such as 'task:' and 'rewards:' are needed, found NoneType"),
+        ("- chrf\n- length", "sections such as 'task:' and 'rewards:' are needed, found a list"),
+        ("", "sections such as 'task:' and 'rewards:' are needed, found nothing"),
         (b"rewards: \xff", "not valid YAML"),
         ("task:\n rows: 10\n rows: 2", "not valid YAML: line 3: the key 'rows' stands there twice, first in line 2"),
         ("task: {}\nlearner: {}\n'task': {}", "not valid YAML: line 3: the key 'task' stands there twice"),

@@ -194,7 +194,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {}}, "space names no setting that varies"),
     ({"run": {"learner": {"lr": -1}}}, "run: learner.lr: Input should be greater than 0"),
     ({"schedule": "asha"}, "unknown key 'schedule'; did you mean 'scheduler'?"),
-    ({"space": {"learner.lr": [1, 2]}}, "space.learner.lr"),
+    (
+        {"space": {"learner.lr": [1, 2]}},
+        "space.learner.lr: this is written as space: {learner.lr: {loguniform: [1.0e-5, 1.0e-3]}}",
+    ),
+    ({"space": ["learner.lr"]}, "space: this is written as space: {learner.lr: "),
+    ({"space": {3: {"uniform": [1, 2]}}}, "space: its keys are names (given: 3)"),
+    ({"utility": ["chrf"]}, "utility: this is written as utility: {chrf: 1.0}"),
+    ({"searcher": "optuna", "objectives": ["chrf"]}, "objectives: this is written as objectives: {chrf: max, tokens"),
+    ({"first": {W: {"chrf": 1}}}, "first: this is written as first: [{learner.lr: 1.0e-4}]"),
+    ({"utility": None, "run": {"evaluation": {"utility": {"reward": 1}}}}, "ranked by the weighted reward, each"),
+    ({"run": {"evaluation": 3}}, "run: evaluation: a section is needed here"),
 ]
 
 

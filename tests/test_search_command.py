@@ -76,6 +76,31 @@ def test_a_mistake_in_a_search_file_is_a_line_and_starts_nothing(
     assert said in refused(command, "search", file, "--output", "out")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "which.yaml: keys such as 'recipe:' and 'space:' are needed, found nothing"),
+        ("- recipe: own.yaml", "which.yaml: keys such as 'recipe:' and 'space:' are needed, found a list"),
+        ("trainer: {steps: 9}", "which.yaml is a run's file; a search is another, with recipe: which.yaml and what"),
+        ("recipe: own.yaml\nspace: {}", "space names no setting that varies"),
+        ("recipe: other.yaml\nspace: {learner.lr: {uniform: [1, 2]}}", "recipe: other.yaml is a search's file"),
+    ],
+)
+def test_what_is_no_search_file_is_a_line(command: Command, text: str, said: str) -> None:
+    Path("other.yaml").write_text(yaml.safe_dump(SEARCH))
+    Path("which.yaml").write_text(text)
+    error = refused(command, "search", "which.yaml", "--output", "out")
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_search_is_no_recipe_and_no_missing_file(command: Command) -> None:
+    said = refused(command, "search", "quickstart")
+    assert "no search file 'quickstart'; write one with recipe: quickstart, tune_configs/ has examples" in said
+    said = refused(command, "search", "which.yml")
+    assert "no search file 'which.yml'; write one, tune_configs/ has examples" in said
+
+
 def test_going_on_needs_to_know_where(command: Command) -> None:
     assert "--resume needs --output" in refused(command, "search", written(), "--resume")
 

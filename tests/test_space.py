@@ -273,12 +273,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {W: {"simplex": ["chrf", "length"]}, f"{W}.chrf": {"uniform": [0, 1]}},
         f"space.{W} holds {W}.chrf, which varies by itself",
     ),
+    (
+        {"learner": {"lr": {"uniform": [0.1, 1]}}},
+        "space.learner: paths are written in one piece, learner.lr: {simplex|uniform|loguniform|int|choice|grid: ...}; "
+        "as an argument space={learner.lr: ...}",
+    ),
+    ({W: {"simplex": ["chrf", "length"]}, "rewards": {"weights": {"simplex": ["chrf"]}}}, f"in one piece, {W}: "),
+    ({"algorithm": {"kl": {"coef": 0.1}}}, "in one piece, algorithm.kl.coef: "),
     # Simplexes.
     ({"learner.betas": {"simplex": ["chrf", "length"]}}, f"a simplex is of reward weights; write it at {W}"),
     ({W: {"simplex": ["chrf", "lenght"]}}, "no component 'lenght'; did you mean 'length'?"),
     ({W: {"simplex": ["chrf", "chrf", "length"]}}, "simplex: chrf stands there 2 times; name each component once"),
     ({W: {"simplex": ["chrf"]}}, "one weighting is all it holds; at least two components have to vary"),
-    ({W: {"simplex": []}}, "the highest weights add up to 0"),
+    ({W: {"simplex": []}}, 'simplex: name two components or more, such as ["chrf", "length"]'),
     ({W: {"simplex": {"chrf": 0.5, "length": [0, 1]}}}, "one weighting is all it holds"),
     ({W: {"simplex": "chrf"}}, 'write components, [chrf, length], or bounds of each, not "chrf"'),
     ({W: {"simplex": {"chrf": [0.6, 1], "length": [0.6, 1]}}}, "the lowest weights add up to 1.2"),
@@ -344,6 +351,17 @@ def test_what_cannot_vary_is_refused_in_a_line(spec: dict[str, Any], said: str) 
         space(spec)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("varied", [False, True])
+def test_a_simplex_under_a_constraint_is_kept_away_from_0(varied: bool) -> None:
+    ruled = {"kind": "constraint", "constraints": {"chrf": {"at_least": 0.3}}}
+    rewards = {**RUN["rewards"], "controller": None if varied else ruled}
+    rules = {"rewards.controller": {"choice": [None, ruled]}} if varied else {}
+    said = r"keep the simplex away from 0, such as \{chrf: \[0\.05, 1\], length: \[0\.05, 1\]\}"
+    with pytest.raises(UserError, match=said):
+        space({W: {"simplex": ["chrf", "length"]}, **rules}, rewards=rewards)
+    space({W: {"simplex": {"chrf": [0.05, 1], "length": [0.05, 1]}}, **rules}, rewards=rewards)
 
 
 def test_without_a_utility_all_components_are_compared() -> None:

@@ -79,6 +79,7 @@ __all__ = [
     "expand",
     "load_config",
     "read_config",
+    "read_mapping",
     "recipes",
     "value_at",
 ]  # fmt: skip
@@ -157,17 +158,26 @@ def read_config(source: str | Path) -> dict[str, Any]:
     Raises `UserError` where there is none.
     """
     path, where = _find(source)
-    try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of bytes that are not UTF-8 too
-        raise UserError(f"{where}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: sections such as 'task:' and 'rewards:' are needed, found {type(raw).__name__}")
+    raw = read_mapping(path, where, "sections such as 'task:' and 'rewards:'")
     if path == Path(source):
         look_in(path.parent, *raw.get(IMPORTS) or [])
     # A section whose keys are all commented out has its defaults; a run's own config.yaml also has notes.
     notes = (VERSIONS, IMPORTS, PROBE)
     return {name: {} if section is None else section for name, section in raw.items() if name not in notes}
+
+
+def read_mapping(path: Path, where: str, needed: str) -> dict[str, Any]:
+    """The mapping in a YAML file; messages call that `where`. Raises `UserError` naming what is `needed` instead."""
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of bytes that are not UTF-8 too
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: {needed} are needed, found {_FOUND.get(type(raw), 'a value')}")
+    return raw
+
+
+_FOUND = {type(None): "nothing", list: "a list", str: "a text"}
 
 
 def _find(source: str | Path) -> tuple[Path, str]:

@@ -60,6 +60,12 @@ def explain(problem: dict[str, Any], overrides: Sequence[str], where: str, root:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "model_type":
         message = f"a section is needed here, with keys such as {', '.join(_keys(_section_at(loc, root))[:3])}"
+    if problem["type"] in ("dict_type", "list_type"):
+        field = root.model_fields.get(loc[0])
+        for example in field.examples or [] if field else []:
+            message = f"this is written as {loc[0]}: {example}"
+    if loc and loc[-1] == "[key]":
+        key, message = ".".join(loc[:-2]), "its keys are names"
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
     return f"{origin}: {key}: {message}{shown}" if key else f"{origin}: {message}"

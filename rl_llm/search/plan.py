@@ -7,7 +7,7 @@ from typing import Any
 from rl_llm.config import TOKENS, UTILITY, RunConfig
 from rl_llm.errors import UserError, did_you_mean
 from rl_llm.rng import Purpose, stream
-from rl_llm.search.config import SearchConfig, run_settings
+from rl_llm.search.config import SearchConfig, run_of
 from rl_llm.search.course import Course, Entry, Plan
 from rl_llm.search.dimensions import is_number
 from rl_llm.search.ledger import Ledger
@@ -28,9 +28,8 @@ _DENOMINATORS = {2: 4, 3: 3}
 
 def make_space(search: SearchConfig) -> Space:
     """The space of a search. Raises `UserError` as `Space`."""
-    settings = run_settings(search)
-    given = search.utility or (settings.get("evaluation") or {}).get("utility") or {}
-    return Space(search.space, settings, {**given, **search.objectives} or None)
+    run = run_of(search)
+    return Space(search.space, run.to_dict(), {**(utility_of(search, run) or {}), **search.objectives} or None)
 
 
 def utility_of(search: SearchConfig, run: RunConfig) -> dict[str, float] | None:

@@ -76,7 +76,8 @@ class Space:
     ) -> None:
         self.base = build_config(copy.deepcopy(dict(settings)), where="run")
         self.settings = self.base.to_dict()
-        for path in spec:
+        for path, kind in spec.items():
+            _check_whole_path(path, kind, self._own(path))
             _check_path(path, list(spec), self.base, measured)
         self.dimensions = {path: _dimension(path, kind, self.base) for path, kind in spec.items()}
         for point in self.corners():
@@ -253,7 +254,16 @@ class Space:
         )
 
         where = f"{what}: " + ", ".join(f"{path}={to_json(value)}" for path, value in point.items())
-        config = build_config(put(self.settings, point, where), where=where)
+        settings = put(self.settings, point, where)
+        try:
+            config = build_config(settings, where=where)
+        except UserError as error:
+            controller = settings["rewards"].get("controller")
+            held = isinstance(controller, dict) and controller.get("kind") == "constraint"
+            if held and self.simplex and 0 in point.get(WEIGHTS, {}).values():
+                bounded = ", ".join(f"{name}: [0.05, 1]" for name in self.simplex.members)
+                raise UserError(f"{error}; keep the simplex away from 0, such as {{{bounded}}}") from None
+            raise
         weights = [value_at(weight, step) for weight in config.rewards.weights.values() for step in (0, 10**9)]
         if not any(weights):
             raise UserError(f"{where}: all reward weights are 0, and nothing would be learned; keep one above 0")
@@ -292,6 +302,18 @@ def _varied(point: Point, config: RunConfig) -> dict[str, ComponentConfig]:
     """Components with a setting that the point sets."""
     names = {path.split(".")[2] for path in point if path.startswith(f"{COMPONENTS}.")}
     return {name: config.rewards.components[name] for name in names}
+
+
+def _check_whole_path(path: str, kind: Any, own: Any) -> None:
+    """Raise `UserError` where a path goes on below itself, as the keys of a run's file do."""
+    below, part = path, kind
+    while isinstance(own, dict) and isinstance(part, dict) and (key := next((k for k in part if k in own), None)):
+        below, part, own = f"{below}.{key}", part[key], own[key]
+    if below != path:
+        raise UserError(
+            f"space.{path}: paths are written in one piece, {below}: {{{'|'.join(KINDS)}: ...}}; as an argument "
+            f"space={{{below}: ...}}"
+        )
 
 
 def _check_path(path: str, paths: list[str], base: RunConfig, measured: Mapping[str, Any] | None) -> None:
@@ -371,6 +393,8 @@ def _simplex(path: str, given: Any, base: RunConfig) -> Simplex:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{where}: {name} stands there {names.count(name)} times; name each component once")
+    if given in ([], {}):
+        raise UserError(f"{where}: name two components or more, such as {to_json(list(base.rewards.components)[:2])}")
     members = {name: [0, 1] for name in names} if isinstance(given, list) else given
     if not isinstance(members, dict):
         raise UserError(f"{where}: write components, [chrf, length], or bounds of each, not {to_json(given)}")
