@@ -319,6 +319,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "{int: [1, 4]}",
     ),
     ({"learner.epochs": {"loguniform": [1, 8]}}, "write {int: [1, 8]}"),
+    # That whole numbers have to divide the requests too is said when they are written.
+    ({"rollout.samples_per_prompt": {"uniform": [2, 8]}}, "write {int: [2, 8]}"),
+    ({"rollout.samples_per_prompt": {"int": [2, 8]}, "rollout.rows_per_request": {"choice": [16, 32]}}, "a multiple"),
     ({"rewards.components.vocab.args.n": {"uniform": [1, 3]}}, "write {int: [1, 3]}"),
     ({"learner.lr": {"lognormal": [0, 1]}}, "there is no 'lognormal'; did you mean 'loguniform'?"),
     ({"learner.lr": {"uniform": [0, 1], "int": [0, 1]}}, "write one of {simplex: ...}, {uniform: ...}"),

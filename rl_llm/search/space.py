@@ -227,13 +227,15 @@ class Space:
             raise
 
     def _check_drawn(self, point: Point) -> None:
-        """As `check`, and says where a number that was drawn should have been a whole one."""
+        """As `check`, and says where a number that was drawn should have been a whole one, as its bounds are."""
         try:
             self.check(point)
         except UserError:
             for path, value in point.items():
                 number = self.dimensions[path]
-                if isinstance(number, Number) and not self._takes({path: value}) and self._takes({path: round(value)}):
+                if not isinstance(number, Number) or number.low % 1 or number.high % 1 or not value % 1:
+                    continue
+                if not self._takes({path: value}):
                     raise UserError(
                         f"space.{path}: {number} draws numbers such as {value:.3g}, and the setting takes whole ones; "
                         f"write {{int: [{number.low:g}, {number.high:g}]}}"
