@@ -36,7 +36,7 @@ def test_plain_lines_for_every_report_and_decision(
 ) -> None:
     course = follow(tmp_path_factory, SearchConsole(), reports=9)
     lines = capsys.readouterr().out.splitlines()
-    assert "t00 (equal): chrf 0.333, length 0.333, facts 0.333" in lines
+    assert "t00 (equal): chrf 0.333, length 0.333, facts 0.333, lr 1e-05" in lines
     assert "t03 failed, given up: no\ufffdroom" in lines
     assert "3 rows were \ufffd[2Jbad" in lines
     reported = next(line for line in lines if line.startswith("t00 step 2  utility "))
