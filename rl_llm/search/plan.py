@@ -65,21 +65,20 @@ def check_search(search: SearchConfig, space: Space) -> None:
     for path, spec in search.space.items():
         if "grid" in spec and search.searcher != "grid":
             raise UserError(f"space.{path}.grid: only searcher: grid goes through it; set that, or write choice")
+    trials = trials_of(search, space)
     if search.searcher == "grid":
-        points = trials_of(search, space)
         if search.first:
             raise UserError("first: searcher: grid tries all of its points and no other; leave it out")
-        if "trials" in search.model_fields_set and search.trials != points:
-            raise UserError(f"trials: {search.trials}, and the grid has {points} points: write trials: {points}")
-    elif len(search.first) > search.trials:
+        if "trials" in search.model_fields_set and search.trials != trials:
+            raise UserError(f"trials: {search.trials}, and the grid has {trials} points: write trials: {trials}")
+    elif len(search.first) > trials:
         raise UserError(
-            f"first: {len(search.first)} points, and there are {search.trials} trials; leave some out, or set "
+            f"first: {len(search.first)} points, and there are {trials} trials; leave some out, or set "
             f"trials={len(search.first)} or more"
         )
-    if "finalists" in search.model_fields_set and search.finalists > trials_of(search, space):
-        trials = trials_of(search, space)
+    if "finalists" in search.model_fields_set and search.finalists > trials:
         raise UserError(f"finalists: {search.finalists} of {trials} trials; take finalists: {trials} or fewer")
-    if search.scheduler == "pbt" and search.trials < 2:
+    if search.scheduler == "pbt" and trials < 2:
         raise UserError("trials: 1: scheduler: pbt needs others to learn from; take 4 or more")
 
 
