@@ -54,11 +54,11 @@ def front_picture(files: SearchFiles, found: Sequence[Candidate], base: Mapping[
     best = ranked[0][0].source if ranked else None
     places, named = [], set()
     for one in [*front.points, *front.behind]:
-        label = ""
-        if one.role in ("control", "finalist") and (one.role, one.policy) not in named:  # one of its seeds has the name
-            named.add((one.role, one.policy))
-            label = title_of(one.policy) if one.role == "control" else "best finalist" if one.policy == best else ""
-        places.append(Place(one.role, one.mean(x), one.mean(y), label))
+        label = title_of(one.policy) if one.role == "control" else ""
+        if one.role == "finalist" and one.policy == best:
+            label = "best finalist"
+        places.append(Place(one.role, one.mean(x), one.mean(y), "" if label in named else label))
+        named.add(label)  # one of its seeds has it
     places.append(Place("base", float(np.nanmean(base[x])), float(np.nanmean(base[y])), "base policy"))
     trained = sorted((one.mean(x), one.mean(y)) for one in front.points)
     points = forecast_points(files.forecast or {}, x, y)
